@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One wording for every user error: what was wrong, the value, what is allowed."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the user's input; the command line prints it and exits with 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ` (did you mean X?)` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> str:
+    """Returns `value` if it is one of `known`.
+
+    Raises:
+      UserError: lists the known names and the nearest one.
+    """
+    known = sorted(known)
+    if value not in known:
+        raise UserError(
+            f"{name} must be one of {', '.join(known)}; got {value!r}"
+            f"{nearest(str(value), known)}"
+        )
+    return value
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Returns `value` if it is a number in the interval from `low` to `high`.
+
+    Raises:
+      UserError: `NAME must be in [LOW, HIGH], got VALUE`; NaN is never inside.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    above = is_number and (value > low if low_open else value >= low)
+    below = is_number and (value < high if high_open else value <= high)
+    if not (above and below):
+        left = "(" if low_open or low == -math.inf else "["
+        right = ")" if high_open or high == math.inf else "]"
+        raise UserError(f"{name} must be in {left}{low}, {high}{right}, got {value!r}")
+    return value
+
+
+def check_integer(name: str, value: int, low: int = 0) -> int:
+    """Returns `value` if it is an integer of at least `low`.
+
+    Raises:
+      UserError: `NAME must be an integer of at least LOW, got VALUE`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return value

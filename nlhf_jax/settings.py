@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen settings that check themselves; gin fills them, factories read them."""
+
+import dataclasses
+
+from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Settings:
+    """Shape of a T5 encoder-decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding; at least the vocabulary's size.
+      emb_dim: model width D.
+      num_heads: attention heads H.
+      head_dim: width K of a head.
+      mlp_dim: hidden width F of the feed-forward block.
+      num_encoder_layers: encoder blocks.
+      num_decoder_layers: decoder blocks.
+      mlp_activations: ("relu",) for T5 1.0, ("gelu", "linear") for T5 1.1.
+      logits_via_embedding: tied output (1.0) or a dense layer of its own (1.1).
+      dropout_rate: probability of dropping, in [0, 1); used in supervised steps only.
+      dtype: dtype of the activations; parameters and logits stay float32.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    logits_via_embedding: bool = False
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "emb_dim",
+            "num_heads",
+            "head_dim",
+            "mlp_dim",
+            "num_encoder_layers",
+            "num_decoder_layers",
+        ):
+            check_integer(name, getattr(self, name), 1)
+        check_range("dropout_rate", self.dropout_rate, 0.0, 1.0, high_open=True)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        for activation in self.mlp_activations:
+            check_choice("mlp_activations", activation, ("relu", "gelu", "linear"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimiser with a warm-up schedule and clipping.
+
+    Attributes:
+      name: "adafactor" or "adamw".
+      learning_rate: peak step size, > 0.
+      schedule: after the warm-up, "constant", "linear" (to 0 at the last step),
+        "cosine" (to 0) or "rsqrt" (proportional to 1/sqrt(step)).
+      warmup_steps: steps of linear warm-up from 0.
+      weight_decay: decoupled weight decay, >= 0.
+      clip_norm: largest global gradient norm; 0 does not clip.
+    """
+
+    name: str = "adafactor"
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        check_choice("optimizer name", self.name, ("adafactor", "adamw"))
+        check_range("learning_rate", self.learning_rate, 0.0, low_open=True)
+        check_choice(
+            "schedule", self.schedule, ("constant", "linear", "cosine", "rsqrt")
+        )
+        check_integer("warmup_steps", self.warmup_steps)
+        check_range("weight_decay", self.weight_decay, 0.0)
+        check_range("clip_norm", self.clip_norm, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How a deployed policy is decoded.
+
+    Attributes:
+      max_decode_length: longest response in tokens, the end token included.
+      temperature: 0 is greedy.
+      top_k: 0 keeps all tokens.
+      top_p: 1 keeps all tokens.
+    """
+
+    max_decode_length: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        check_integer("max_decode_length", self.max_decode_length, 1)
+        check_range("temperature", self.temperature, 0.0)
+        check_integer("top_k", self.top_k)
+        check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """What happens when in a training loop (all in steps).
+
+    Attributes:
+      train_steps: updates in all.
+      batch_size: prompts (or comparisons) per update.
+      num_microbatches: parts a batch is split into for the gradient.
+      log_period: steps between lines of metrics.
+      checkpoint_period: steps between checkpoints; the last step is always saved.
+      eval_period: steps between evaluations; 0 evaluates at the end only.
+      keep_checkpoints: newest checkpoints kept.
+    """
+
+    train_steps: int
+    batch_size: int
+    num_microbatches: int = 1
+    log_period: int = 10
+    checkpoint_period: int = 1000
+    eval_period: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in (
+            "train_steps",
+            "batch_size",
+            "num_microbatches",
+            "log_period",
+            "checkpoint_period",
+            "keep_checkpoints",
+        ):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("eval_period", self.eval_period)
+        if self.batch_size % self.num_microbatches:
+            raise UserError(
+                f"num_microbatches must divide batch_size {self.batch_size}, "
+                f"got {self.num_microbatches}"
+            )

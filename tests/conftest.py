@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test-wide settings; the environment is set before anything imports jax."""
+
+import os
+
+# Without it XLA's CPU client deadlocks on fake devices when there are two cores.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def float64():
+    """Runs one test in float64, for mathematics that is exact."""
+    with jax.enable_x64(True):
+        yield
