@@ -57,7 +57,7 @@ class Responses(NamedTuple):
 
 
 class ComparisonBatch(NamedTuple):
-    """Labelled comparisons: `preference_B` is P(first preferred to second) in [0, 1]."""
+    """Labelled comparisons; `preference_B` = P(first preferred to second) in [0, 1]."""
 
     prompts: PromptBatch
     first: Responses
