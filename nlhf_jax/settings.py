@@ -2,6 +2,7 @@
 """Frozen settings that check themselves; gin fills them, factories read them."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
 
@@ -63,8 +64,10 @@ class OptimizerSettings:
       schedule: after the warm-up, "constant", "linear" (to 0 at the last step),
         "cosine" (to 0) or "rsqrt" (proportional to 1/sqrt(step)).
       warmup_steps: steps of linear warm-up from 0.
-      weight_decay: decoupled weight decay, >= 0.
+      weight_decay: decoupled weight decay, >= 0; times the learning rate each step.
       clip_norm: largest global gradient norm; 0 does not clip.
+      multiply_by_parameter_scale: Adafactor only: steps are relative to the root mean
+        square of each parameter array, as in T5X; False makes them absolute.
     """
 
     name: str = "adafactor"
@@ -73,6 +76,7 @@ class OptimizerSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    multiply_by_parameter_scale: bool = True
 
     def __post_init__(self):
         check_choice("optimizer name", self.name, ("adafactor", "adamw"))
@@ -146,3 +150,58 @@ class LoopSettings:
                 f"num_microbatches must divide batch_size {self.batch_size}, "
                 f"got {self.num_microbatches}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which texts a job reads and how they become tokens.
+
+    Attributes:
+      mixture_or_task_name: "docstrings", "debian", "tldr", "jsonl", or a seqio task or
+        mixture the user has registered.
+      task_feature_lengths: {"inputs": S, "targets": T}, the longest prompt and response
+        in tokens, the end token included.
+      vocabulary_path: a SentencePiece model; "byte" for the byte vocabulary; "" for the
+        4,096 pieces trained on the docstrings.
+      cache_dir: where corpora are prepared; "" for $NLHF_CACHE, else
+        ~/.cache/nlhf_jax.
+      data_dir: folder of a prepared corpus to keep whatever becomes of the environment
+        ("docstrings": made when it is empty, never remade), or of files to read
+        ("tldr"); "" prepares one in the cache.
+      lock_file: requirements lock that limits "docstrings" to the packages it pins.
+      train_file: JSON lines to train on ("jsonl"), also gzipped.
+      evaluation_file: JSON lines to evaluate on; "" holds groups of train_file out.
+      group_field: field of the JSON lines whose values are held out as wholes.
+      evaluation_share: share of groups held out without an evaluation_file, in (0, 1).
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    vocabulary_path: str = ""
+    cache_dir: str = ""
+    data_dir: str = ""
+    lock_file: str = ""
+    train_file: str = ""
+    evaluation_file: str = ""
+    group_field: str = ""
+    evaluation_share: float = 0.2
+
+    def __post_init__(self):
+        if not self.mixture_or_task_name:
+            raise UserError("mixture_or_task_name must name a task, got ''")
+        if sorted(self.task_feature_lengths) != ["inputs", "targets"]:
+            raise UserError(
+                "task_feature_lengths must have the keys 'inputs' and 'targets', got "
+                f"{dict(self.task_feature_lengths)!r}"
+            )
+        for name in ("inputs", "targets"):
+            length = self.task_feature_lengths[name]
+            check_integer(f"task_feature_lengths[{name!r}]", length, 1)
+        check_range(
+            "evaluation_share",
+            self.evaluation_share,
+            0.0,
+            1.0,
+            low_open=True,
+            high_open=True,
+        )
