@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in host memory, and batches that are a pure function of (seed, step).
+
+A split is tokenised once. Epoch e of a seed is a permutation drawn from (seed, e), so
+a resumed run reads the same batches and there is no iterator to save. The letter E
+counts the examples of a split. All arrays are numpy's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from nlhf_jax.checks import UserError, check_choice, check_integer
+from nlhf_jax.data import tasks
+from nlhf_jax.data.vocabularies import Vocabulary, decode, encode
+from nlhf_jax.settings import DataSettings
+from nlhf_jax.types import ComparisonBatch, PromptBatch, Responses, SupervisedBatch
+
+PAD_ID = 0
+
+
+# ---------------------------------------------------------------------------- order
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 0]).permutation(num_examples)
+
+
+@functools.lru_cache(maxsize=16)
+def _swaps(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 1]).random(num_examples) < 0.5
+
+
+def example_order(
+    seed: int, step: int, batch_size: int, num_examples: int
+) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
+    """Returns (epochs_B, indices_B) of the examples of a batch.
+
+    Position p = step * batch_size + row lies in epoch p // num_examples and is entry
+    p % num_examples of that epoch's permutation; every epoch reads every example once.
+
+        num_examples 3, batch_size 2      step 0   step 1   step 2
+        epochs                             0 0      0 1      1 1
+
+    Raises:
+      UserError: `seed` or `step` is negative or `batch_size` is less than 1.
+    """
+    check_integer("seed", seed)
+    check_integer("step", step)
+    check_integer("batch_size", batch_size, 1)
+    positions_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs_B, entries_B = np.divmod(positions_B, num_examples)
+    indices_B = np.empty_like(entries_B)
+    for epoch in np.unique(epochs_B):
+        here_B = epochs_B == epoch
+        order_E = _permutation(seed, int(epoch), num_examples)
+        indices_B[here_B] = order_E[entries_B[here_B]]
+    return epochs_B, indices_B
+
+
+# -------------------------------------------------------------------------- padding
+
+
+def pad_prompts(
+    rows: Iterable[Sequence[int]], length: int, eos_id: int
+) -> tuple[PromptBatch, int]:
+    """Returns (prompts, number cut): a cut prompt keeps `eos_id` at its end.
+
+    Args:
+      rows: ids that end with `eos_id`.
+      length: S, at least 1.
+    """
+    tokens_BS, mask_BS, cut_B = _pad(rows, length)
+    tokens_BS[cut_B, -1] = eos_id
+    return PromptBatch(tokens_BS, mask_BS), int(cut_B.sum())
+
+
+def pad_responses(rows: Iterable[Sequence[int]], length: int) -> tuple[Responses, int]:
+    """Returns (responses, number cut): a cut response has no end-of-sequence id."""
+    tokens_BT, mask_BT, cut_B = _pad(rows, length)
+    return Responses(tokens_BT, mask_BT), int(cut_B.sum())
+
+
+def _pad(rows: Iterable[Sequence[int]], length: int):
+    rows = [np.asarray(row, np.int32) for row in rows]
+    tokens_BT = np.full((len(rows), length), PAD_ID, np.int32)
+    for number, row in enumerate(rows):
+        tokens_BT[number, : len(row)] = row[:length]
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    mask_BT = np.arange(length)[None, :] < lengths_B[:, None]
+    return tokens_BT, mask_BT, lengths_B > length
+
+
+def prompt_batch(
+    texts: Sequence[str], vocabulary: Vocabulary, length: int
+) -> tuple[PromptBatch, int]:
+    """Returns (prompts of S = `length` tokens, number cut); each ends with EOS."""
+    rows = [[*encode(text, vocabulary), vocabulary.eos_id] for text in texts]
+    return pad_prompts(rows, length, vocabulary.eos_id)
+
+
+def encode_responses(
+    texts: Sequence[str], vocabulary: Vocabulary, length: int
+) -> Responses:
+    """Returns the texts as responses of T = `length` tokens that end with EOS.
+
+    A longer text is cut and has no EOS, as a sampled response cut at the limit.
+    """
+    rows = [[*encode(text, vocabulary), vocabulary.eos_id] for text in texts]
+    return pad_responses(rows, length)[0]
+
+
+def decode_responses(
+    tokens_BT: Int[np.ndarray, "B T"],
+    mask_BT: Bool[np.ndarray, "B T"],
+    vocabulary: Vocabulary,
+) -> list[str]:
+    """Returns the responses' texts, without end-of-sequence and padding."""
+    rows = zip(np.asarray(tokens_BT), np.asarray(mask_BT), strict=True)
+    return [decode(tokens_T[mask_T], vocabulary) for tokens_T, mask_T in rows]
+
+
+# --------------------------------------------------------------------------- stores
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedData:
+    """A split of prompts with targets.
+
+    Attributes:
+      examples: all of them, in the task's order, as one batch.
+      prompt_texts: before tokenisation and cutting.
+      target_texts: likewise.
+      num_truncated_prompts: prompts longer than S tokens, the end token included.
+      num_truncated_targets: targets longer than T tokens.
+    """
+
+    examples: SupervisedBatch
+    prompt_texts: list[str]
+    target_texts: list[str]
+    num_truncated_prompts: int
+    num_truncated_targets: int
+
+    @property
+    def num_examples(self) -> int:
+        """Returns the number of examples, E."""
+        return len(self.prompt_texts)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> SupervisedBatch:
+        """Returns batch `step` of the order drawn from `seed`."""
+        _, indices_B = example_order(seed, step, batch_size, self.num_examples)
+        return self.take(indices_B)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> SupervisedBatch:
+        """Returns the examples at `indices`, in that order."""
+        prompts, targets = self.examples
+        return SupervisedBatch(_take(prompts, indices), _take(targets, indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonData:
+    """A split of labelled comparisons.
+
+    Attributes:
+      examples: all of them, in the task's order, as one batch.
+      prompt_texts: before tokenisation and cutting.
+      first_texts: likewise.
+      second_texts: likewise.
+      preferences: P(first preferred to second) of each example.
+      num_truncated_prompts: prompts longer than S tokens, the end token included.
+      num_truncated_responses: responses (of both sides) longer than T tokens.
+    """
+
+    examples: ComparisonBatch
+    prompt_texts: list[str]
+    first_texts: list[str]
+    second_texts: list[str]
+    preferences: list[float]
+    num_truncated_prompts: int
+    num_truncated_responses: int
+
+    @property
+    def num_examples(self) -> int:
+        """Returns the number of examples, E."""
+        return len(self.prompt_texts)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> ComparisonBatch:
+        """Returns batch `step` of the order drawn from `seed`.
+
+        Each epoch exchanges first and second of a random half of the examples and
+        writes 1 - preference, so that no model can learn from the place.
+        """
+        epochs_B, indices_B = example_order(seed, step, batch_size, self.num_examples)
+        swapped = [
+            _swaps(seed, int(epoch), self.num_examples)[index]
+            for epoch, index in zip(epochs_B, indices_B, strict=True)
+        ]
+        return swap(self.take(indices_B), np.array(swapped, bool))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> ComparisonBatch:
+        """Returns the examples at `indices`, in that order and not exchanged."""
+        prompts, first, second, preference_E = self.examples
+        return ComparisonBatch(
+            _take(prompts, indices),
+            _take(first, indices),
+            _take(second, indices),
+            preference_E[np.asarray(indices, np.int64)],
+        )
+
+
+def _take(arrays, indices):
+    chosen = np.asarray(indices, np.int64)
+    return type(arrays)(*(array[chosen] for array in arrays))
+
+
+def swap(batch: ComparisonBatch, swapped_B: Bool[np.ndarray, "B"]) -> ComparisonBatch:
+    """Returns the batch with first and second exchanged where `swapped_B` is True."""
+    first, second = (
+        Responses(
+            *(
+                np.where(swapped_B[:, None], theirs, own)
+                for own, theirs in zip(side, other, strict=True)
+            )
+        )
+        for side, other in ((batch.first, batch.second), (batch.second, batch.first))
+    )
+    preference_B = np.where(swapped_B, 1 - batch.preference_B, batch.preference_B)
+    return ComparisonBatch(
+        batch.prompts, first, second, preference_B.astype(np.float32)
+    )
+
+
+# -------------------------------------------------------------------------- loading
+
+
+def _read_rows(
+    settings: DataSettings, split: str, vocabulary: Vocabulary, kind: Sequence[str]
+) -> list[dict]:
+    check_choice("split", split, tasks.SPLITS)
+    task = tasks.get_task(settings, vocabulary, kind)
+    if split not in task.splits:
+        raise UserError(
+            f"task {settings.mixture_or_task_name!r} has no split {split!r}, only "
+            f"{', '.join(task.splits)}"
+        )
+    # Without sequence_length seqio cuts nothing: cutting is counted here.
+    dataset = task.get_dataset(
+        sequence_length=None, split=split, shuffle=False, num_epochs=1
+    )
+    rows = list(dataset.as_numpy_iterator())
+    if not rows:
+        raise UserError(
+            f"task {settings.mixture_or_task_name!r} has no examples in {split!r}"
+        )
+    return rows
+
+
+def _texts(rows: list[dict], feature: str, vocabulary: Vocabulary) -> list[str]:
+    key = f"{feature}_pretokenized"
+    if key in rows[0]:
+        return [row[key].decode("utf-8") for row in rows]
+    return [decode(row[feature], vocabulary) for row in rows]
+
+
+def load_supervised(
+    settings: DataSettings, split: str, vocabulary: Vocabulary
+) -> SupervisedData:
+    """Tokenises a split ("train" or "evaluation") of a supervised task.
+
+    Raises:
+      UserError: unknown task or split, or no examples.
+    """
+    rows = _read_rows(settings, split, vocabulary, tasks.SUPERVISED)
+    lengths = settings.task_feature_lengths
+    prompts, cut_prompts = pad_prompts(
+        (row["inputs"] for row in rows), lengths["inputs"], vocabulary.eos_id
+    )
+    targets, cut_targets = pad_responses(
+        (row["targets"] for row in rows), lengths["targets"]
+    )
+    return SupervisedData(
+        SupervisedBatch(prompts, targets),
+        _texts(rows, "inputs", vocabulary),
+        _texts(rows, "targets", vocabulary),
+        cut_prompts,
+        cut_targets,
+    )
+
+
+def load_comparisons(
+    settings: DataSettings, split: str, vocabulary: Vocabulary
+) -> ComparisonData:
+    """Tokenises a split ("train" or "evaluation") of a task of comparisons.
+
+    Raises:
+      UserError: unknown task or split, or no examples.
+    """
+    rows = _read_rows(settings, split, vocabulary, tasks.COMPARISONS)
+    lengths = settings.task_feature_lengths
+    prompts, cut_prompts = pad_prompts(
+        (row["inputs"] for row in rows), lengths["inputs"], vocabulary.eos_id
+    )
+    first, cut_first = pad_responses((r["first"] for r in rows), lengths["targets"])
+    second, cut_second = pad_responses((r["second"] for r in rows), lengths["targets"])
+    preference_E = np.array([row["preference"] for row in rows], np.float32)
+    return ComparisonData(
+        ComparisonBatch(prompts, first, second, preference_E),
+        _texts(rows, "inputs", vocabulary),
+        _texts(rows, "first", vocabulary),
+        _texts(rows, "second", vocabulary),
+        [float(p) for p in preference_E],
+        cut_prompts,
+        cut_first + cut_second,
+    )
