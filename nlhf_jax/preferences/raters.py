@@ -176,12 +176,13 @@ class RaterPopulation:
     ) -> Float[np.ndarray, "B"]:
         """Returns P(first > second) in [0, 1], float64.
 
-        P(y, y') + P(y', y) is 1 without rounding error, for any weights.
+        P(y, y') + P(y', y) is 1 without rounding error, for any weights: margins of
+        swapped texts are negatives of each other, and 1/2 + x and 1/2 - x, each
+        rounded, sum to one in binary floating point.
         """
         verdict_KB = self.verdicts(documents, references, firsts, seconds)
         margin_B = np.clip(self.shares_K @ verdict_KB, -1.0, 1.0)
-        # On this grid 1/2 + x and 1/2 - x are both exact, so they sum to one.
-        return 0.5 + np.rint(margin_B * 2.0**50) * 2.0**-51
+        return 0.5 + 0.5 * margin_B
 
     def votes(
         self,
