@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks; each file gives a `LanguageModel` of pure functions."""

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of a T5 network, with T5X's parameter names and fused 2-D kernels.
+
+Every parameter carries logical axis names. Attention has no 1/sqrt(K): the scale is
+folded into the initialiser of the query (Raffel et al., 2020, arXiv 1910.10683; the
+T5X layout). Activations carry a query axis Q, or T in the decoder, and a key axis S.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nlhf_jax.settings import T5Settings
+
+NUM_BUCKETS = 32
+MAX_DISTANCE = 128
+MASKED = -1e10  # added to the logits of keys that must not be seen
+NORM_EPSILON = 1e-6
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "linear": lambda x: x}
+
+
+def relative_position_bucket(
+    offset: Int[Array, "*shape"], *, bidirectional: bool
+) -> Int[Array, "*shape"]:
+    """Returns the bucket in [0, 32) of each offset key position - query position.
+
+    Half of the buckets hold one distance each, the other half grow logarithmically to
+    distance 128, and all larger distances share the last. With `bidirectional`, keys
+    after the query have 16 buckets of their own; without, they share bucket 0.
+
+    Source: Raffel et al., 2020, arXiv 1910.10683, section 2.1.
+    """
+    num_buckets, first = NUM_BUCKETS, 0
+    distance = jnp.maximum(-offset, 0)
+    if bidirectional:
+        num_buckets //= 2
+        first = jnp.where(offset > 0, num_buckets, 0)
+        distance = jnp.abs(offset)
+    exact = num_buckets // 2
+    # The small constant keeps log(0) finite; distance 0 never takes this branch.
+    ratio = jnp.log(distance.astype(jnp.float32) / exact + jnp.finfo(jnp.float32).eps)
+    scale = (num_buckets - exact) / math.log(MAX_DISTANCE / exact)
+    logarithmic = exact + (ratio * scale).astype(jnp.int32)
+    logarithmic = jnp.minimum(logarithmic, num_buckets - 1)
+    return first + jnp.where(distance < exact, distance, logarithmic)
+
+
+class Dense(nn.Module):
+    """A product with a kernel (inputs, features), without bias.
+
+    Attributes:
+      features: size of the last axis of the result.
+      axes: logical names of the kernel's two axes.
+      stddev: of the truncated normal initialiser.
+      dtype: of the product.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Returns x @ kernel."""
+        init = nn.initializers.truncated_normal(self.stddev)
+        kernel_DF = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.axes),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        return x.astype(self.dtype) @ kernel_DF.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale, computed in float32."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normalised activations in the module's dtype."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
+        return (x * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """The token table, also the output layer of tied models."""
+
+    vocab_size: int
+    emb_dim: int
+    dtype: str
+
+    def setup(self):
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(1.0), ("vocab", "embed")
+        )
+        self.embedding = self.param(
+            "embedding", init, (self.vocab_size, self.emb_dim), jnp.float32
+        )
+
+    def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """Returns the rows of the table."""
+        return self.embedding.astype(self.dtype)[tokens]
+
+    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Returns the tied logits x @ embedding^T / sqrt(D)."""
+        x = x / jnp.sqrt(jnp.asarray(self.emb_dim, x.dtype))
+        return x.astype(self.dtype) @ self.embedding.astype(self.dtype).T
+
+
+class RelativeBias(nn.Module):
+    """A learned bias for each head and bucket of relative position."""
+
+    num_heads: int
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(
+        self, query_positions_Q: Int[Array, "Q"], key_positions_S: Int[Array, "S"]
+    ) -> Float[Array, "1 H Q S"]:
+        """Returns the bias added to the attention logits, float32."""
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table_HN = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
+            (self.num_heads, NUM_BUCKETS),
+            jnp.float32,
+        )
+        offset_QS = key_positions_S[None, :] - query_positions_Q[:, None]
+        bucket_QS = relative_position_bucket(
+            offset_QS, bidirectional=self.bidirectional
+        )
+        return table_HN[:, bucket_QS][None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention as projections and a read, so that keys can be cached."""
+
+    settings: T5Settings
+
+    def setup(self):
+        s = self.settings
+        joined, inner = s.num_heads * s.head_dim, ("embed", "joined_kv")
+        scale = s.emb_dim**-0.5
+        self.query = Dense(joined, inner, scale * s.head_dim**-0.5, s.dtype)
+        self.key = Dense(joined, inner, scale, s.dtype)
+        self.value = Dense(joined, inner, scale, s.dtype)
+        self.out = Dense(s.emb_dim, ("joined_kv", "embed"), joined**-0.5, s.dtype)
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:-1], self.settings.num_heads, self.settings.head_dim)
+
+    def keys_values(
+        self, x_BSD: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        """Returns what a decoder keeps of the positions `x_BSD`."""
+        return self._heads(self.key(x_BSD)), self._heads(self.value(x_BSD))
+
+    def read(
+        self,
+        x_BQD: Float[Array, "B Q D"],
+        keys_values: tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]],
+        bias: Float[Array, "b h q S"],
+        dropout=lambda x: x,
+    ) -> Float[Array, "B Q D"]:
+        """Returns softmax(q k + bias) v, projected; the softmax is in float32."""
+        keys_BSHK, values_BSHK = keys_values
+        query_BQHK = self._heads(self.query(x_BQD))
+        logits_BHQS = jnp.einsum("bqhk,bshk->bhqs", query_BQHK, keys_BSHK)
+        logits_BHQS = logits_BHQS.astype(jnp.float32) + bias
+        weights_BHQS = dropout(jax.nn.softmax(logits_BHQS, axis=-1))
+        weights_BHQS = weights_BHQS.astype(values_BSHK.dtype)
+        read_BQHK = jnp.einsum("bhqs,bshk->bqhk", weights_BHQS, values_BSHK)
+        return self.out(read_BQHK.reshape(*read_BQHK.shape[:2], -1))
+
+    def __call__(self, x_BSD, bias, dropout=lambda x: x) -> Float[Array, "B S D"]:
+        """Returns self-attention over whole sequences."""
+        return self.read(x_BSD, self.keys_values(x_BSD), bias, dropout)
+
+
+class FeedForward(nn.Module):
+    """wo(product of activation_i(wi_i(x))); T5 1.0 has one factor, named `wi`."""
+
+    settings: T5Settings
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], dropout=lambda x: x):
+        """Returns the block's output, [B, T, D]."""
+        s = self.settings
+        hidden = 1.0
+        for index, name in enumerate(s.mlp_activations):
+            layer = "wi" if len(s.mlp_activations) == 1 else f"wi_{index}"
+            dense = Dense(
+                s.mlp_dim, ("embed", "mlp"), s.emb_dim**-0.5, s.dtype, name=layer
+            )
+            hidden = hidden * ACTIVATIONS[name](dense(x))
+        out = Dense(s.emb_dim, ("mlp", "embed"), s.mlp_dim**-0.5, s.dtype, name="wo")
+        return out(dropout(hidden))
+
+
+def key_bias(mask_BS: Bool[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
+    """Returns 0 for keys that may be seen and -1e10 for the others."""
+    return jnp.where(mask_BS, 0.0, MASKED)[:, None, None, :].astype(jnp.float32)

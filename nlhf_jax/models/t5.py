@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The T5 encoder-decoder, versions 1.0 and 1.1, as a `LanguageModel`.
+
+Parameter names, shapes and logical axes are T5X's (layers unscanned), so its
+checkpoints fit without a mapping. Response position t is predicted from the prompt's
+encoding and the response shifted right by one, starting with id 0.
+
+Source: Raffel et al., 2020, arXiv 1910.10683; gated activations of version 1.1:
+Shazeer, 2020, arXiv 2002.05202.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nlhf_jax.models.layers import (
+    MASKED,
+    Attention,
+    Dense,
+    Embedding,
+    FeedForward,
+    RelativeBias,
+    RMSNorm,
+    key_bias,
+)
+from nlhf_jax.settings import T5Settings
+from nlhf_jax.types import LanguageModel, Params, PromptBatch
+
+PAD_ID, EOS_ID, START_ID = 0, 1, 0
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one decoder layer, one row per response being decoded."""
+
+    self_keys_RTHK: Float[Array, "R T H K"]
+    self_values_RTHK: Float[Array, "R T H K"]
+    cross_keys_RSHK: Float[Array, "R S H K"]
+    cross_values_RSHK: Float[Array, "R S H K"]
+
+
+class T5Cache(NamedTuple):
+    """All that decoding keeps; every leaf's first axis is the row."""
+
+    mask_RS: Bool[Array, "R S"]
+    layers: tuple[LayerCache, ...]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each behind a norm, each added."""
+
+    settings: T5Settings
+
+    def setup(self):
+        dtype = self.settings.dtype
+        self.pre_attention_layer_norm = RMSNorm(dtype)
+        self.attention = Attention(self.settings)
+        self.pre_mlp_layer_norm = RMSNorm(dtype)
+        self.mlp = FeedForward(self.settings)
+
+    def __call__(self, x_BSD, bias, dropout):
+        """Returns the layer's output, [B, S, D]."""
+        h_BSD = self.pre_attention_layer_norm(x_BSD)
+        x_BSD = x_BSD + dropout(self.attention(h_BSD, bias, dropout))
+        h_BSD = self.pre_mlp_layer_norm(x_BSD)
+        return x_BSD + dropout(self.mlp(h_BSD, dropout))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the prompt, and a feed-forward block."""
+
+    settings: T5Settings
+
+    def setup(self):
+        dtype = self.settings.dtype
+        self.pre_self_attention_layer_norm = RMSNorm(dtype)
+        self.self_attention = Attention(self.settings)
+        self.pre_cross_attention_layer_norm = RMSNorm(dtype)
+        self.encoder_decoder_attention = Attention(self.settings)
+        self.pre_mlp_layer_norm = RMSNorm(dtype)
+        self.mlp = FeedForward(self.settings)
+
+    def _rest(self, x_BTD, cross, cross_bias, dropout):
+        h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
+        read_BTD = self.encoder_decoder_attention.read(
+            h_BTD, cross, cross_bias, dropout
+        )
+        x_BTD = x_BTD + dropout(read_BTD)
+        h_BTD = self.pre_mlp_layer_norm(x_BTD)
+        return x_BTD + dropout(self.mlp(h_BTD, dropout))
+
+    def __call__(self, x_BTD, encoded_BSD, self_bias, cross_bias, dropout):
+        """Returns the layer's output on a whole response, [B, T, D]."""
+        h_BTD = self.pre_self_attention_layer_norm(x_BTD)
+        x_BTD = x_BTD + dropout(self.self_attention(h_BTD, self_bias, dropout))
+        cross = self.encoder_decoder_attention.keys_values(encoded_BSD)
+        return self._rest(x_BTD, cross, cross_bias, dropout)
+
+    def start(self, encoded_BSD, max_length: int) -> LayerCache:
+        """Returns the cache before the first token."""
+        cross_keys, cross_values = self.encoder_decoder_attention.keys_values(
+            encoded_BSD
+        )
+        batch, _, heads, width = cross_keys.shape
+        empty = jnp.zeros((batch, max_length, heads, width), cross_keys.dtype)
+        return LayerCache(empty, empty, cross_keys, cross_values)
+
+    def step(self, x_R1D, cache: LayerCache, step, self_bias, cross_bias):
+        """Returns (output of one position, cache with that position written)."""
+        h_R1D = self.pre_self_attention_layer_norm(x_R1D)
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1
+        )
+        new_keys, new_values = self.self_attention.keys_values(h_R1D)
+        keys = write(cache.self_keys_RTHK, new_keys)
+        values = write(cache.self_values_RTHK, new_values)
+        x_R1D = x_R1D + self.self_attention.read(h_R1D, (keys, values), self_bias)
+        cross = (cache.cross_keys_RSHK, cache.cross_values_RSHK)
+        x_R1D = self._rest(x_R1D, cross, cross_bias, lambda x: x)
+        return x_R1D, LayerCache(keys, values, *cross)
+
+
+class Encoder(nn.Module):
+    """Reads the prompt."""
+
+    settings: T5Settings
+
+    def setup(self):
+        s = self.settings
+        self.relpos_bias = RelativeBias(s.num_heads, bidirectional=True)
+        self.layers = [EncoderLayer(s) for _ in range(s.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(s.dtype)
+
+    def __call__(self, x_BSD, mask_BS, dropout):
+        """Returns the prompt's encoding, [B, S, D]."""
+        positions_S = jnp.arange(x_BSD.shape[1])
+        bias = self.relpos_bias(positions_S, positions_S) + key_bias(mask_BS)
+        x_BSD = dropout(x_BSD)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, bias, dropout)
+        return dropout(self.encoder_norm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Writes the response, a whole one (training) or one position at a time."""
+
+    settings: T5Settings
+
+    def setup(self):
+        s = self.settings
+        self.relpos_bias = RelativeBias(s.num_heads, bidirectional=False)
+        self.layers = [DecoderLayer(s) for _ in range(s.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(s.dtype)
+        if not s.logits_via_embedding:
+            self.logits_dense = Dense(
+                s.vocab_size, ("embed", "vocab"), s.emb_dim**-0.5, s.dtype
+            )
+
+    def _logits(self, x_BTD, embedding: Embedding):
+        x_BTD = self.decoder_norm(x_BTD)
+        if self.settings.logits_via_embedding:
+            logits_BTV = embedding.attend(x_BTD)
+        else:
+            logits_BTV = self.logits_dense(x_BTD)
+        return logits_BTV.astype(jnp.float32)
+
+    def __call__(self, x_BTD, encoded_BSD, mask_BS, embedding, dropout):
+        """Returns float32 logits of every position, [B, T, V]."""
+        positions_T = jnp.arange(x_BTD.shape[1])
+        is_future_TT = positions_T[None, :] > positions_T[:, None]
+        causal = jnp.where(is_future_TT, MASKED, 0.0)[None, None]
+        self_bias = self.relpos_bias(positions_T, positions_T) + causal
+        cross_bias = key_bias(mask_BS)
+        x_BTD = dropout(x_BTD)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, encoded_BSD, self_bias, cross_bias, dropout)
+        return self._logits(dropout(x_BTD), embedding)
+
+    def start(self, encoded_BSD, mask_BS, max_length: int) -> T5Cache:
+        """Returns the cache before the first token."""
+        layers = tuple(layer.start(encoded_BSD, max_length) for layer in self.layers)
+        return T5Cache(mask_BS, layers)
+
+    def step(self, x_R1D, cache: T5Cache, step, embedding):
+        """Returns (logits_RV of position `step`, cache)."""
+        keys_T = jnp.arange(cache.layers[0].self_keys_RTHK.shape[1])
+        not_yet = jnp.where(keys_T > step, MASKED, 0.0)[None, None, None, :]
+        self_bias = self.relpos_bias(step[None], keys_T) + not_yet
+        cross_bias = key_bias(cache.mask_RS)
+        layers = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_R1D, layer_cache = layer.step(
+                x_R1D, layer_cache, step, self_bias, cross_bias
+            )
+            layers.append(layer_cache)
+        logits_R1V = self._logits(x_R1D, embedding)
+        return logits_R1V[:, 0], T5Cache(cache.mask_RS, tuple(layers))
+
+
+class T5(nn.Module):
+    """The network; its methods are what `t5_language_model` hands out."""
+
+    settings: T5Settings
+
+    def setup(self):
+        s = self.settings
+        self.token_embedder = Embedding(s.vocab_size, s.emb_dim, s.dtype)
+        self.encoder = Encoder(s)
+        self.decoder = Decoder(s)
+        # One mask for all positions of a row, as T5X drops: cheap and as good.
+        self.drop = nn.Dropout(s.dropout_rate, broadcast_dims=(-2,))
+
+    def _dropout(self, use_dropout: bool):
+        return functools.partial(self.drop, deterministic=not use_dropout)
+
+    def _encode(self, prompts: PromptBatch, dropout):
+        x_BSD = self.token_embedder(prompts.tokens_BS)
+        return self.encoder(x_BSD, prompts.mask_BS, dropout)
+
+    def __call__(self, prompts: PromptBatch, tokens_BT, use_dropout: bool = False):
+        """Returns float32 logits_BTV for teacher-forced responses."""
+        dropout = self._dropout(use_dropout)
+        encoded_BSD = self._encode(prompts, dropout)
+        shifted_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)))
+        return self.decoder(
+            self.token_embedder(shifted_BT),
+            encoded_BSD,
+            prompts.mask_BS,
+            self.token_embedder,
+            dropout,
+        )
+
+    def prefill(self, prompts: PromptBatch, max_length: int) -> T5Cache:
+        """Returns the cache of a response not yet begun."""
+        encoded_BSD = self._encode(prompts, self._dropout(False))
+        return self.decoder.start(encoded_BSD, prompts.mask_BS, max_length)
+
+    def decode_step(self, cache: T5Cache, tokens_R, step):
+        """Returns (logits_RV, cache) after feeding the token before `step`."""
+        x_R1D = self.token_embedder(tokens_R[:, None])
+        return self.decoder.step(x_R1D, cache, jnp.asarray(step), self.token_embedder)
+
+
+def t5_language_model(settings: T5Settings) -> LanguageModel:
+    """Returns a T5 network as pure functions; equal settings give equal functions.
+
+    The parameters are plain nested dicts of float32 arrays with T5X's names, the
+    logical axes a tree of the same shape. Padding is id 0, the end token id 1.
+    """
+    return _t5_language_model(settings)
+
+
+@functools.cache
+def _t5_language_model(settings: T5Settings) -> LanguageModel:
+    network = T5(settings)
+    prompts = PromptBatch(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+
+    def boxed(key: jax.Array):
+        return network.init(key, prompts, tokens_BT)["params"]
+
+    def init(key: jax.Array) -> Params:
+        return nn.unbox(boxed(key))
+
+    def logits(
+        params: Params,
+        prompts: PromptBatch,
+        tokens_BT: Int[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        use_dropout = dropout_key is not None and settings.dropout_rate > 0
+        rngs = {"dropout": dropout_key} if use_dropout else None
+        return network.apply(
+            {"params": params}, prompts, tokens_BT, use_dropout, rngs=rngs
+        )
+
+    def prefill(params: Params, prompts: PromptBatch, max_length: int):
+        cache = network.apply(
+            {"params": params}, prompts, max_length, method=T5.prefill
+        )
+        return jnp.full(prompts.tokens_BS.shape[:1], START_ID, jnp.int32), cache
+
+    def decode_step(params: Params, cache: T5Cache, tokens_R, step):
+        return network.apply(
+            {"params": params}, cache, tokens_R, step, method=T5.decode_step
+        )
+
+    axes = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
+    return LanguageModel(
+        init=init,
+        logical_axes=jax.tree.map(
+            tuple,
+            axes,
+            is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
+        ),
+        logits=logits,
+        prefill=prefill,
+        decode_step=decode_step,
+        vocab_size=settings.vocab_size,
+        pad_id=PAD_ID,
+        eos_id=EOS_ID,
+    )
