@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned scalar reward, for the RLHF baseline.
+
+    P(y > y' | x) = sigmoid(r(x, y) - r(x, y'))          (Bradley-Terry)
+
+A Bradley-Terry preference is transitive; it cannot express a cycle. The reward is the
+first decoder step's logit of one fixed token (Munos et al., 2024, arXiv 2312.00886,
+section 8).
+"""
+
+from jaxtyping import Array, Float
+
+from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.preferences.inputs import RewardTemplate, reward_input
+from nlhf_jax.preferences.pairwise import first_step_logit
+from nlhf_jax.settings import T5Settings
+from nlhf_jax.types import Params, PromptBatch, Responses, RewardModel
+
+
+def reward_model(
+    settings: T5Settings,
+    template: RewardTemplate,
+    *,
+    prompt_length: int,
+    response_length: int,
+) -> RewardModel:
+    """Returns the reward model; the arguments are those of the preference model."""
+    network = t5_language_model(settings)
+
+    def rewards(
+        params: Params, prompts: PromptBatch, responses: Responses
+    ) -> Float[Array, "B"]:
+        inputs = reward_input(
+            template,
+            prompts,
+            responses,
+            prompt_length=prompt_length,
+            response_length=response_length,
+        )
+        return first_step_logit(network, params, inputs, template.answer_id)
+
+    return RewardModel(network.init, network.logical_axes, rewards)
