@@ -8,13 +8,14 @@ counts the examples of a split. All arrays are numpy's.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from nlhf_jax.checks import UserError, check_choice, check_integer
-from nlhf_jax.data import tasks
+from nlhf_jax.data import jsonl, tasks
 from nlhf_jax.data.vocabularies import Vocabulary, decode, encode
 from nlhf_jax.settings import DataSettings
 from nlhf_jax.types import ComparisonBatch, PromptBatch, Responses, SupervisedBatch
@@ -237,33 +238,35 @@ def swap(batch: ComparisonBatch, swapped_B: Bool[np.ndarray, "B"]) -> Comparison
 # -------------------------------------------------------------------------- loading
 
 
-def _read_rows(
+def _read_examples(
     settings: DataSettings, split: str, vocabulary: Vocabulary, kind: Sequence[str]
 ) -> list[dict]:
     check_choice("split", split, tasks.SPLITS)
     task = tasks.get_task(settings, vocabulary, kind)
+    name = settings.mixture_or_task_name
     if split not in task.splits:
-        raise UserError(
-            f"task {settings.mixture_or_task_name!r} has no split {split!r}, only "
-            f"{', '.join(task.splits)}"
-        )
+        remedy = f": set {split}_file" if name == "jsonl" else ""
+        remedy += " or group_field" if remedy and split == "evaluation" else ""
+        raise UserError(f"task {name!r} has no split {split!r}{remedy}")
+    examples = _examples_of(task, split)
+    if not examples:
+        raise UserError(f"task {name!r} has no examples in {split!r}")
+    return examples
+
+
+def _examples_of(task: Any, split: str) -> list[dict]:
     # Without sequence_length seqio cuts nothing: cutting is counted here.
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, num_epochs=1
     )
-    rows = list(dataset.as_numpy_iterator())
-    if not rows:
-        raise UserError(
-            f"task {settings.mixture_or_task_name!r} has no examples in {split!r}"
-        )
-    return rows
+    return list(dataset.as_numpy_iterator())
 
 
-def _texts(rows: list[dict], feature: str, vocabulary: Vocabulary) -> list[str]:
+def _texts(examples: list[dict], feature: str, vocabulary: Vocabulary) -> list[str]:
     key = f"{feature}_pretokenized"
-    if key in rows[0]:
-        return [row[key].decode("utf-8") for row in rows]
-    return [decode(row[feature], vocabulary) for row in rows]
+    if key in examples[0]:
+        return [example[key].decode("utf-8") for example in examples]
+    return [decode(example[feature], vocabulary) for example in examples]
 
 
 def load_supervised(
@@ -274,18 +277,36 @@ def load_supervised(
     Raises:
       UserError: unknown task or split, or no examples.
     """
-    rows = _read_rows(settings, split, vocabulary, tasks.SUPERVISED)
-    lengths = settings.task_feature_lengths
+    examples = _read_examples(settings, split, vocabulary, tasks.SUPERVISED)
+    return _supervised(examples, settings.task_feature_lengths, vocabulary)
+
+
+def supervised_from_rows(
+    rows: Sequence[Mapping[str, Any]],
+    task_feature_lengths: Mapping[str, int],
+    vocabulary: Vocabulary,
+) -> SupervisedData:
+    """Tokenises rows of `prompt` and `target` that are in memory.
+
+    Raises:
+      UserError: a row is not as `jsonl` describes.
+    """
+    checked = jsonl.check_rows(rows, jsonl.PROMPT_FIELDS)
+    task = tasks.rows_task("rows", {"all": checked}, tasks.SUPERVISED, vocabulary)
+    return _supervised(_examples_of(task, "all"), task_feature_lengths, vocabulary)
+
+
+def _supervised(examples, lengths, vocabulary) -> SupervisedData:
     prompts, cut_prompts = pad_prompts(
-        (row["inputs"] for row in rows), lengths["inputs"], vocabulary.eos_id
+        (row["inputs"] for row in examples), lengths["inputs"], vocabulary.eos_id
     )
     targets, cut_targets = pad_responses(
-        (row["targets"] for row in rows), lengths["targets"]
+        (row["targets"] for row in examples), lengths["targets"]
     )
     return SupervisedData(
         SupervisedBatch(prompts, targets),
-        _texts(rows, "inputs", vocabulary),
-        _texts(rows, "targets", vocabulary),
+        _texts(examples, "inputs", vocabulary),
+        _texts(examples, "targets", vocabulary),
         cut_prompts,
         cut_targets,
     )
@@ -299,20 +320,40 @@ def load_comparisons(
     Raises:
       UserError: unknown task or split, or no examples.
     """
-    rows = _read_rows(settings, split, vocabulary, tasks.COMPARISONS)
-    lengths = settings.task_feature_lengths
+    examples = _read_examples(settings, split, vocabulary, tasks.COMPARISONS)
+    return _comparisons(examples, settings.task_feature_lengths, vocabulary)
+
+
+def comparisons_from_rows(
+    rows: Sequence[Mapping[str, Any]],
+    task_feature_lengths: Mapping[str, int],
+    vocabulary: Vocabulary,
+) -> ComparisonData:
+    """Tokenises comparisons that are in memory, with the fields that `jsonl` describes.
+
+    Raises:
+      UserError: a row is not as `jsonl` describes.
+    """
+    checked = jsonl.check_rows(rows, jsonl.COMPARISON_FIELDS)
+    task = tasks.rows_task("rows", {"all": checked}, tasks.COMPARISONS, vocabulary)
+    return _comparisons(_examples_of(task, "all"), task_feature_lengths, vocabulary)
+
+
+def _comparisons(examples, lengths, vocabulary) -> ComparisonData:
     prompts, cut_prompts = pad_prompts(
-        (row["inputs"] for row in rows), lengths["inputs"], vocabulary.eos_id
+        (row["inputs"] for row in examples), lengths["inputs"], vocabulary.eos_id
     )
-    first, cut_first = pad_responses((r["first"] for r in rows), lengths["targets"])
-    second, cut_second = pad_responses((r["second"] for r in rows), lengths["targets"])
-    preference_E = np.array([row["preference"] for row in rows], np.float32)
+    (first, cut_first), (second, cut_second) = (
+        pad_responses((row[side] for row in examples), lengths["targets"])
+        for side in ("first", "second")
+    )
+    preference_E = np.array([row["preference"] for row in examples], np.float32)
     return ComparisonData(
         ComparisonBatch(prompts, first, second, preference_E),
-        _texts(rows, "inputs", vocabulary),
-        _texts(rows, "first", vocabulary),
-        _texts(rows, "second", vocabulary),
-        [float(p) for p in preference_E],
+        _texts(examples, "inputs", vocabulary),
+        _texts(examples, "first", vocabulary),
+        _texts(examples, "second", vocabulary),
+        [float(preference) for preference in preference_E],
         cut_prompts,
         cut_first + cut_second,
     )

@@ -9,7 +9,8 @@ The texts stay beside the ids in `inputs_pretokenized` and so on.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nlhf_jax.checks import UserError, nearest
+from nlhf_jax.checks import UserError, check_choice
+from nlhf_jax.data import debian, jsonl, tldr
 from nlhf_jax.data.tensorflow_setup import import_seqio, import_tensorflow
 from nlhf_jax.data.vocabularies import Vocabulary
 from nlhf_jax.settings import DataSettings
@@ -17,6 +18,8 @@ from nlhf_jax.settings import DataSettings
 SUPERVISED = ("inputs", "targets")
 COMPARISONS = ("inputs", "first", "second")
 SPLITS = ("train", "evaluation")
+
+_own: set[str] = set()  # names this module has put into seqio's registry
 
 
 def get_task(
@@ -30,22 +33,22 @@ def get_task(
       kind: SUPERVISED or COMPARISONS, the features that are wanted.
 
     Raises:
-      UserError: no such task, or it has other features.
+      UserError: no such task (lists them and the nearest), or it has other features.
     """
     name = settings.mixture_or_task_name
     seqio = import_seqio()
     builders = _BUILDERS[tuple(kind)]
     if name in builders:
         return builders[name](settings, vocabulary)
-    registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - _own
     if name not in registered:
-        known = sorted({*builders, *registered})
-        other = any(name in group for group in _BUILDERS.values())
-        reason = f"has no features {', '.join(kind)}" if other else "is no task"
-        raise UserError(
-            f"mixture_or_task_name {name!r} {reason}; those that do are "
-            f"{', '.join(known)}{nearest(name, known)}"
-        )
+        everything = registered.union(*_BUILDERS.values())
+        if name in everything:
+            raise UserError(
+                f"task {name!r} has no features {', '.join(kind)}; tasks that have are "
+                f"{', '.join(builders)}"
+            )
+        check_choice("mixture_or_task_name", name, everything)
     task = seqio.get_mixture_or_task(name)
     missing = [feature for feature in kind if feature not in task.output_features]
     if missing:
@@ -70,8 +73,11 @@ def register(
       vocabulary: of all features.
     """
     seqio, tf = import_seqio(), import_tensorflow()
-    if name in seqio.TaskRegistry.names():
+    if name in _own:
         seqio.TaskRegistry.remove(name)
+    elif name in seqio.TaskRegistry.names():
+        raise UserError(f"seqio already has another task named {name!r}: rename it")
+    _own.add(name)
     feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
     return seqio.TaskRegistry.add(
         name,
@@ -106,7 +112,73 @@ def _docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any:
     return register("docstrings", source, renamed, SUPERVISED, vocabulary)
 
 
+def rows_task(
+    name: str,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    kind: Sequence[str],
+    vocabulary: Vocabulary,
+) -> Any:
+    """Returns a registered task over rows in memory.
+
+    The tensors are made from the lists once: Python inside a pipeline would make
+    iterators that can't be saved.
+
+    Args:
+      name: in seqio's registry.
+      splits: split -> rows with the fields that `jsonl` describes.
+      kind: SUPERVISED or COMPARISONS.
+      vocabulary: of all features.
+    """
+    seqio, tf = import_seqio(), import_tensorflow()
+    renamed = _FIELDS[tuple(kind)]
+
+    def dataset(split, shuffle_files, seed=None):
+        del shuffle_files, seed
+        rows = splits[split]
+        columns = {f: [row[f] for row in rows] for f in renamed.values()}
+        if "preference" in columns:
+            columns["preference"] = [float(p) for p in columns["preference"]]
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+    filled = [split for split, rows in splits.items() if rows]
+    source = seqio.FunctionDataSource(
+        dataset, splits=filled, num_input_examples={s: len(splits[s]) for s in filled}
+    )
+    return register(name, source, renamed, kind, vocabulary)
+
+
+def _rows_of(kind: tuple[str, ...], read: Callable[[DataSettings], Any]):
+    def build(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+        kind_name = "comparisons" if kind == COMPARISONS else "supervised"
+        name = f"{settings.mixture_or_task_name}_{kind_name}"
+        return rows_task(name, read(settings), kind, vocabulary)
+
+    return build
+
+
+_FIELDS = {
+    SUPERVISED: {"inputs": "prompt", "targets": "target"},
+    COMPARISONS: {
+        "inputs": "prompt",
+        "first": "response_a",
+        "second": "response_b",
+        "preference": "preference",
+    },
+}
+
 _BUILDERS: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {
-    SUPERVISED: {"docstrings": _docstrings},
-    COMPARISONS: {},
+    SUPERVISED: {
+        "docstrings": _docstrings,
+        "debian": _rows_of(SUPERVISED, debian.splits),
+        "jsonl": _rows_of(
+            SUPERVISED, lambda s: jsonl.read_splits(s, jsonl.PROMPT_FIELDS)
+        ),
+        "tldr": _rows_of(SUPERVISED, tldr.prompt_splits),
+    },
+    COMPARISONS: {
+        "jsonl": _rows_of(
+            COMPARISONS, lambda s: jsonl.read_splits(s, jsonl.COMPARISON_FIELDS)
+        ),
+        "tldr": _rows_of(COMPARISONS, tldr.comparison_splits),
+    },
 }
