@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Best response: policy gradient against the reference."""
+
+from nlhf_jax.algorithms.nash_md_pg import against
+from nlhf_jax.types import REFERENCE, Algorithm
+
+
+def best_response(*, tau: float) -> Algorithm:
+    """Returns the best response to the reference, Nash-MD-PG with beta = 1.
+
+        y ~ pi, y' ~ mu; ascend grad log pi(y) (P(y > y') - 1/2 - tau lr(y))
+
+    It converges to pi(y) proportional to mu(y) exp(P(y > mu) / tau): not an
+    equilibrium, and exploitable where preferences are not transitive.
+
+    Args:
+      tau: strength of the KL to the reference, per nat, >= 0.
+
+    Raises:
+      UserError: tau out of range.
+
+    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 1).
+    """
+    return against("best_response", {REFERENCE: 1.0}, tau=tau)

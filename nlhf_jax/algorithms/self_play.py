@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-play: policy gradient against the policy itself."""
+
+from nlhf_jax.algorithms.nash_md_pg import against
+from nlhf_jax.types import POLICY, Algorithm
+
+
+def self_play(*, tau: float) -> Algorithm:
+    """Returns self-play, Nash-MD-PG with beta = 0.
+
+        y, y' ~ pi independent; ascend grad log pi(y) (P(y > y') - 1/2 - tau lr(y))
+
+    Its stationary point is the Nash equilibrium at tau,
+    pi(y) proportional to mu(y) exp(P(y > pi) / tau). Exact steps reach it only where
+    they are small against tau; without regularisation (tau = 0) the last iterate
+    cycles in cyclic games.
+
+    Args:
+      tau: strength of the KL to the reference, per nat, >= 0.
+
+    Raises:
+      UserError: tau out of range.
+
+    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 0).
+    """
+    return against("self_play", {POLICY: 1.0}, tau=tau)
