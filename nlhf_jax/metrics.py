@@ -63,6 +63,34 @@ _SUPERVISED = {
     "reward/mean": Metric("-", -INFINITY, INFINITY, "mean reward of all responses"),
 }
 
+_POLICY = {
+    "loss/policy": Metric(
+        "-", -INFINITY, INFINITY, "mean policy loss per example; its gradient matters"
+    ),
+    "policy/kl": Metric(
+        "nats",
+        -INFINITY,
+        INFINITY,
+        "mean log-ratio to the reference of whole sampled responses; an unbiased "
+        "estimate of the sequence-level KL, so it can be negative",
+    ),
+    "policy/entropy": Metric(
+        "nats", 0, INFINITY, "mean negative log-probability of a sampled response"
+    ),
+    "preference/mean": Metric(
+        "share", 0, 1, "mean preference of the policy's sample over its opponent's"
+    ),
+    "response/length": Metric(
+        "tokens", 0, INFINITY, "mean sampled length, end token included"
+    ),
+    "response/eos_rate": Metric(
+        "share", 0, 1, "samples that ended by themselves, before the length limit"
+    ),
+    "decode/steps": Metric(
+        "tokens", 1, INFINITY, "steps of the decode loop, the longest sample's length"
+    ),
+}
+
 _COUNTS = {
     "token/count": Metric("tokens", 0, INFINITY, "target tokens of the batch"),
     "preference/count": Metric("comparisons", 0, INFINITY, "comparisons of the batch"),
@@ -122,7 +150,7 @@ def _evaluated(table: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 METRICS: dict[str, Metric] = (
-    _SUPERVISED | _COUNTS | _MACHINE | _EVALUATION | _evaluated(_SUPERVISED)
+    _SUPERVISED | _POLICY | _COUNTS | _MACHINE | _EVALUATION | _evaluated(_SUPERVISED)
 )
 
 
