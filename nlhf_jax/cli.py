@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `nlhf JOB --gin_file=... --gin.NAME=VALUE --parameter=VALUE`."""
+
+import inspect
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from nlhf_jax import __version__
+from nlhf_jax.checks import UserError, check_choice, nearest
+from nlhf_jax.jobs import JOBS
+
+USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
+DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
+
+
+class Arguments:
+    """What stands after the job's name.
+
+    Attributes:
+      files: values of --gin_file, in order.
+      search_paths: values of --gin_search_paths, split at commas.
+      overrides: gin name -> gin literal.
+      dry_run: stop after the configuration is checked.
+      help: print the job's parameters.
+    """
+
+    def __init__(self, job: str, words: Sequence[str]):
+        self.files: list[str] = []
+        self.search_paths: list[str] = []
+        self.overrides: dict[str, str] = {}
+        self.dry_run = self.help = False
+        words = list(words)
+        while words:
+            self._take(job, words)
+        self.files = self.files or DEFAULT_FILES.get(job, [])
+
+    def _take(self, job: str, words: list[str]) -> None:
+        word = words.pop(0)
+        if word in ("--help", "-h"):
+            self.help = True
+            return
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: flags begin with --")
+        name, has_value, value = word[2:].partition("=")
+        if name == "dry_run":
+            self.dry_run = True
+            return
+        if not has_value:
+            value = words.pop(0) if words and not words[0].startswith("--") else "True"
+        if name == "gin_file":
+            self.files.append(value)
+        elif name == "gin_search_paths":
+            self.search_paths += value.split(",")
+        elif name.startswith("gin."):
+            self.overrides[name[len("gin.") :]] = value
+        else:
+            self._take_parameter(job, name, value)
+
+    def _take_parameter(self, job: str, name: str, value: str) -> None:
+        """A parameter of the job itself: text needs no second pair of quotes."""
+        known = _hints(job)
+        if name not in known:
+            flags = ("gin_file", "gin_search_paths", "dry_run", "help", *known)
+            raise UserError(f"{job} has no flag --{name}{nearest(name, flags)}")
+        is_text = known[name] is str
+        self.overrides[f"{job}.{name}"] = repr(value) if is_text else value
+
+
+def _hints(job: str) -> dict:
+    from nlhf_jax import gin_bindings
+
+    signature = inspect.signature(gin_bindings.job_function(job))
+    return {name: p.annotation for name, p in signature.parameters.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    A mistake is one sentence on standard error, without a traceback. Other exceptions
+    are defects and keep their traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(words)
+    except UserError as error:
+        print(f"nlhf: {error}", file=sys.stderr)
+        return USAGE_EXIT
+    except KeyboardInterrupt:
+        print("nlhf: interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return 0 if words else USAGE_EXIT
+    if words[0] == "--version":
+        print(f"nlhf_jax {__version__}")
+        return 0
+    job = check_choice("job", words[0], JOBS)
+    arguments = Arguments(job, words[1:])
+    from nlhf_jax import gin_bindings
+    from nlhf_jax.jobs import runs
+
+    if arguments.help:
+        print(inspect.getdoc(gin_bindings.job_function(job)))
+        return 0
+    gin_bindings.load(job, arguments.files, arguments.overrides, arguments.search_paths)
+    if arguments.dry_run:
+        print(f"{job}: the configuration is complete and every name in it is known")
+        return 0
+    runs.set_config_source(gin_bindings.operative_config)
+    _enable_compilation_cache()
+    gin_bindings.run(job)
+    return 0
+
+
+def _usage() -> str:
+    jobs = "\n".join(f"  {name}" for name in JOBS)
+    return (
+        "usage: nlhf JOB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] "
+        "[--PARAMETER=VALUE ...] [--dry_run]\n"
+        f"jobs:\n{jobs}\n"
+        "nlhf JOB --help prints a job's parameters."
+    )
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that a second start is quick."""
+    import jax
+
+    cache = os.environ.get("NLHF_CACHE") or pathlib.Path.home() / ".cache" / "nlhf_jax"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gin files as plain statements, each with the file and line it stands on."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+
+from nlhf_jax.checks import UserError, nearest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+_STATEMENT = re.compile(r"^([A-Za-z_][\w./]*)\s*=\s*(.*)$")
+_INCLUDE = re.compile(r"^include\s+['\"]([^'\"]+)['\"]\s*$")
+_PLAIN_TEXT = re.compile(r"[\w./~:+-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """One binding or macro: `key = value`, and where it stands."""
+
+    key: str
+    value: str
+    place: str
+
+
+def quoted(value: str) -> str:
+    """Returns a command line's value as a gin literal: bare words become strings."""
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if _PLAIN_TEXT.fullmatch(value):
+            return repr(value)
+    return value
+
+
+def read(file: str, folders: Sequence[pathlib.Path], where: str) -> list[Statement]:
+    """Returns the statements of a file and of the files it includes, in order.
+
+    Args:
+      file: path of the file, as written.
+      folders: where it is looked up besides the current folder.
+      where: who names it, for the error.
+
+    Raises:
+      UserError: a file is missing or unreadable, or a line is no statement.
+    """
+    path = _find(file, folders, where)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"gin file {str(path)!r} cannot be read: {error}") from error
+    found: list[Statement] = []
+    for number, line in _logical_lines(lines):
+        place = f"{path}:{number}"
+        if match := _INCLUDE.match(line):
+            found += read(match[1], folders, place)
+        elif match := _STATEMENT.match(line):
+            found.append(Statement(match[1], match[2].strip(), place))
+        else:
+            raise UserError(
+                f"{place}: expected NAME = VALUE, FUNCTION.PARAMETER = VALUE or "
+                f"include 'FILE', got {line.strip()!r}"
+            )
+    return found
+
+
+def _find(file: str, folders: Sequence[pathlib.Path], where: str) -> pathlib.Path:
+    for path in (pathlib.Path(file), *(folder / file for folder in folders)):
+        if path.is_file():
+            return path
+    known = REPOSITORY.glob("configs/**/*.gin")
+    names = [path.relative_to(REPOSITORY).as_posix() for path in known]
+    raise UserError(
+        f"gin file {file!r} (named by {where}) does not exist{nearest(file, names)}"
+    )
+
+
+def _logical_lines(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Returns (line number, text) without comments, brackets joined over lines."""
+    joined: list[tuple[int, str]] = []
+    depth = 0
+    for number, line in enumerate(lines, start=1):
+        text, change = _without_comment(line)
+        if depth:
+            start, before = joined.pop()
+            joined.append((start, f"{before} {text.strip()}"))
+        elif text.strip():
+            joined.append((number, text))
+        depth = max(0, depth + change)
+    return joined
+
+
+def _without_comment(line: str) -> tuple[str, int]:
+    """Returns the line up to its comment, and brackets opened minus closed."""
+    quote, depth = "", 0
+    for index, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "#":
+            return line[:index].rstrip(), depth
+        else:
+            depth += (character in "([{") - (character in ")]}")
+    return line.rstrip(), depth

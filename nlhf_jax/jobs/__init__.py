@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs of the command line: settings in, folders of results out.
+
+`JOBS` names the module and the function of each; a job is imported when it runs.
+"""
+
+JOBS = {
+    "quickstart": "nlhf_jax.jobs.quickstart:quickstart",
+    "sft": "nlhf_jax.jobs.supervised:sft",
+    "collect": "nlhf_jax.jobs.collect:collect",
+    "preference": "nlhf_jax.jobs.supervised:preference",
+    "reward": "nlhf_jax.jobs.supervised:reward",
+    "train": "nlhf_jax.jobs.train:train",
+    "evaluate": "nlhf_jax.jobs.evaluate:evaluate",
+    "sample": "nlhf_jax.jobs.sample:sample",
+}

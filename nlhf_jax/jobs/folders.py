@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders that describe themselves, so a checkpoint's path is all one needs.
+
+MODEL_DIR/
+  model.json         kind, shape, feature lengths, parent
+  vocabulary.model   the SentencePiece model the parameters were trained with
+  config.gin         the operative configuration
+  checkpoints/       one folder per step, or params.safetensors for an export
+  metrics.jsonl      one line per logged step
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+from nlhf_jax.checks import UserError
+from nlhf_jax.settings import T5Settings
+
+DESCRIPTION_FILE = "model.json"
+VOCABULARY_FILE = "vocabulary.model"
+BYTE_VOCABULARY = "byte"
+KINDS = ("language_model", "preference", "reward")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """What must be known to use the parameters of a folder.
+
+    Attributes:
+      kind: "language_model", "preference" or "reward".
+      settings: shape of the network.
+      feature_lengths: longest prompt ("inputs") and response ("targets") in tokens.
+      vocabulary: name of the vocabulary's file in the folder, or "byte".
+    """
+
+    kind: str
+    settings: T5Settings
+    feature_lengths: dict[str, int]
+    vocabulary: str = VOCABULARY_FILE
+
+    def to_json(self) -> str:
+        """Returns the description as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelDescription":
+        """Reads what `to_json` wrote."""
+        fields = json.loads(text)
+        settings = fields["settings"]
+        settings["mlp_activations"] = tuple(settings["mlp_activations"])
+        return cls(**fields | {"settings": T5Settings(**settings)})
+
+
+def describe(
+    model_dir: pathlib.Path, description: ModelDescription, vocabulary_path: str
+) -> None:
+    """Writes the description and copies the vocabulary into `model_dir`."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    target = model_dir / VOCABULARY_FILE
+    if vocabulary_path == BYTE_VOCABULARY:
+        description = dataclasses.replace(description, vocabulary=BYTE_VOCABULARY)
+    elif pathlib.Path(vocabulary_path).resolve() != target.resolve():
+        shutil.copyfile(vocabulary_path, target)
+    (model_dir / DESCRIPTION_FILE).write_text(description.to_json())
+
+
+def find_model_dir(checkpoint: str | pathlib.Path) -> pathlib.Path:
+    """Returns the model folder of a path to it, its checkpoints or one of its steps.
+
+    Raises:
+      UserError: the path does not exist, or no folder of it holds a description.
+    """
+    path = pathlib.Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"checkpoint folder {str(checkpoint)!r} does not exist")
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / DESCRIPTION_FILE).is_file():
+            return folder
+    raise UserError(
+        f"{str(checkpoint)!r} is not a model folder: there is no {DESCRIPTION_FILE} "
+        "in it or in the two folders above it"
+    )
+
+
+def _read(folder: pathlib.Path) -> ModelDescription:
+    try:
+        return ModelDescription.from_json((folder / DESCRIPTION_FILE).read_text())
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTION_FILE} is not a model description: {error!r}"
+        ) from error
+
+
+def read_description(
+    checkpoint: str | pathlib.Path, kind: str = "language_model"
+) -> ModelDescription:
+    """Returns the description of the folder that `checkpoint` lies in.
+
+    Raises:
+      UserError: no such folder, or it holds another kind of model than `kind`.
+    """
+    description = _read(find_model_dir(checkpoint))
+    if description.kind != kind:
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} must hold a {kind} model, got a "
+            f"{description.kind} model"
+        )
+    return description
+
+
+def kind_of(checkpoint: str | pathlib.Path) -> str:
+    """Returns the kind of model in the folder that `checkpoint` lies in.
+
+    Raises:
+      UserError: no such folder, or its description cannot be read.
+    """
+    return _read(find_model_dir(checkpoint)).kind
+
+
+def vocabulary_file(checkpoint: str | pathlib.Path) -> str:
+    """Returns the path of the vocabulary beside a checkpoint, or "byte".
+
+    Raises:
+      UserError: the folder has none.
+    """
+    folder = find_model_dir(checkpoint)
+    name = _read(folder).vocabulary
+    if name == BYTE_VOCABULARY:
+        return name
+    if not (folder / name).is_file():
+        raise UserError(f"model folder {str(folder)!r} has no {name}")
+    return str(folder / name)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervised jobs: fine-tuning, the preference model and the reward model."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from nlhf_jax import supervised_step
+from nlhf_jax.data import batches as data_batches
+from nlhf_jax.data import vocabularies
+from nlhf_jax.evaluation import summaries
+from nlhf_jax.jobs import collect, folders, generation, runs
+from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
+from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.settings import (
+    DataSettings,
+    LoopSettings,
+    OptimizerSettings,
+    SamplingSettings,
+    T5Settings,
+)
+from nlhf_jax.types import POLICY, TrainState
+
+
+def sft(
+    *,
+    model_dir: str,
+    model: T5Settings,
+    data: DataSettings,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+    seed: int = 0,
+    initial_checkpoint_path: str = "",
+    num_eval_examples: int = 512,
+) -> None:
+    """Fine-tunes a T5 language model on prompts and their target responses.
+
+    Args:
+      model_dir: folder for checkpoints, metrics and the model's description.
+      model: shape of the network.
+      data: the task, its feature lengths and its vocabulary.
+      optimizer: optimiser settings.
+      loop: steps, batch size and periods.
+      seed: of initialisation, data order and dropout.
+      initial_checkpoint_path: model folder to start from; empty starts from scratch.
+      num_eval_examples: evaluation examples read, for the loss and for ROUGE.
+
+    Raises:
+      UserError: the data, the vocabulary, the checkpoint or the folder is unusable.
+    """
+    vocabulary_path = _vocabulary_path(data, initial_checkpoint_path)
+    vocabulary = vocabularies.load_vocabulary(vocabulary_path)
+    vocabularies.check_vocabulary(vocabulary, model.vocab_size)
+    train = data_batches.load_supervised(data, "train", vocabulary)
+    held_out = data_batches.load_supervised(data, "evaluation", vocabulary)
+    lengths = dict(data.task_feature_lengths)
+    description = folders.ModelDescription("language_model", model, lengths)
+    network = t5_language_model(model)
+    rows = np.arange(min(num_eval_examples, held_out.num_examples))
+    loss = _mean_over(
+        supervised_step.make_sft_evaluation(network), held_out, rows, loop.batch_size
+    )
+    decode = generation.Generator(
+        network,
+        vocabulary,
+        speaker=generation.policy_speaker(SamplingSettings(lengths["targets"], 0.0)),
+        max_decode_length=lengths["targets"],
+        batch_size=min(loop.batch_size, len(rows)),
+    )
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = state.param_sets[POLICY]
+        prompts = held_out.take(rows).prompts
+        texts = decode({POLICY: params}, prompts, jax.random.key(seed)).texts
+        references = [held_out.target_texts[row] for row in rows]
+        _write_samples(model_dir, state, held_out, rows, texts)
+        return loss(params) | {
+            "eval/rouge_l": summaries.rouge(texts, references)["rougeL"]
+        }
+
+    _run_supervised(
+        "sft",
+        functools.partial(supervised_step.make_sft_step, network),
+        network.init,
+        train,
+        evaluate,
+        description=description,
+        vocabulary_path=vocabulary_path,
+        model_dir=model_dir,
+        optimizer=optimizer,
+        loop=loop,
+        seed=seed,
+        initial_checkpoint_path=initial_checkpoint_path,
+    )
+
+
+def preference(
+    *,
+    model_dir: str,
+    data: DataSettings,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+    comparisons_dir: str = "",
+    initial_checkpoint_path: str = "",
+    model: T5Settings | None = None,
+    seed: int = 0,
+    num_eval_examples: int = 512,
+) -> None:
+    """Trains the pairwise preference model P(y > y' | x) on labelled comparisons.
+
+    Args:
+      model_dir: folder for checkpoints, metrics and the model's description.
+      data: a task of comparisons and its feature lengths.
+      optimizer: optimiser settings.
+      loop: steps, batch size and periods.
+      comparisons_dir: folder of a `collect` job; its files replace those of `data`.
+      initial_checkpoint_path: model folder to start from, a language model or a
+        preference model; its shape and vocabulary are used. Empty starts from scratch
+        with `model`.
+      model: shape of the network when it starts from scratch.
+      seed: of initialisation and data order.
+      num_eval_examples: held-out comparisons read at each evaluation.
+
+    Raises:
+      UserError: the data, the checkpoint or the folder is unusable.
+    """
+    _train_judge(
+        "preference",
+        supervised_step.make_preference_step,
+        supervised_step.make_preference_evaluation,
+        build_preference_model,
+        **locals(),
+    )
+
+
+def reward(
+    *,
+    model_dir: str,
+    data: DataSettings,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+    comparisons_dir: str = "",
+    initial_checkpoint_path: str = "",
+    model: T5Settings | None = None,
+    seed: int = 0,
+    num_eval_examples: int = 512,
+) -> None:
+    """Trains a Bradley-Terry reward model on labelled comparisons.
+
+    The arguments and errors are those of `preference`.
+    """
+    _train_judge(
+        "reward",
+        supervised_step.make_reward_step,
+        supervised_step.make_reward_evaluation,
+        build_reward_model,
+        **locals(),
+    )
+
+
+def _train_judge(
+    kind: str,
+    make_step: Callable[..., Any],
+    make_evaluation: Callable[..., Any],
+    build: Callable[..., Any],
+    *,
+    model_dir: str,
+    data: DataSettings,
+    comparisons_dir: str,
+    initial_checkpoint_path: str,
+    model: T5Settings | None,
+    num_eval_examples: int,
+    loop: LoopSettings,
+    **how: Any,
+) -> None:
+    if comparisons_dir:
+        data = collect.comparison_data(data, comparisons_dir)
+    settings, vocabulary_path = _shape_and_vocabulary(
+        data, initial_checkpoint_path, model
+    )
+    vocabulary = vocabularies.load_vocabulary(vocabulary_path)
+    vocabularies.check_vocabulary(vocabulary, settings.vocab_size)
+    train = data_batches.load_comparisons(data, "train", vocabulary)
+    held_out = data_batches.load_comparisons(data, "evaluation", vocabulary)
+    description = folders.ModelDescription(
+        kind, settings, dict(data.task_feature_lengths)
+    )
+    network = build(description, vocabulary)
+    rows = np.arange(min(num_eval_examples, held_out.num_examples))
+    loss = _mean_over(make_evaluation(network), held_out, rows, loop.batch_size)
+    _run_supervised(
+        kind,
+        functools.partial(make_step, network),
+        network.init,
+        train,
+        lambda state: loss(state.param_sets[POLICY]),
+        description=description,
+        vocabulary_path=vocabulary_path,
+        model_dir=model_dir,
+        loop=loop,
+        initial_checkpoint_path=initial_checkpoint_path,
+        **how,
+    )
+
+
+def _vocabulary_path(data: DataSettings, checkpoint: str) -> str:
+    """The vocabulary that is named, else the checkpoint's, else one of our own."""
+    if checkpoint and not data.vocabulary_path:
+        return folders.vocabulary_file(checkpoint)
+    return data.vocabulary_path or vocabularies.docstring_vocabulary_path(data)
+
+
+def _shape_and_vocabulary(
+    data: DataSettings, checkpoint: str, model: T5Settings | None
+) -> tuple[T5Settings, str]:
+    if not checkpoint:
+        return runs.required("model", model), _vocabulary_path(data, "")
+    kind = folders.kind_of(checkpoint)
+    settings = folders.read_description(checkpoint, kind).settings
+    return settings, folders.vocabulary_file(checkpoint)
+
+
+def _run_supervised(
+    name: str,
+    make_step: Callable[..., Any],
+    init: Callable[[jax.Array], Any],
+    train: Any,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    *,
+    description: folders.ModelDescription,
+    vocabulary_path: str,
+    model_dir: str,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+    seed: int,
+    initial_checkpoint_path: str,
+) -> None:
+    transformation, rate = runs.optimizer_and_rate(optimizer, loop.train_steps)
+    step_fn = make_step(
+        transformation, num_microbatches=loop.num_microbatches, learning_rate=rate
+    )
+    params = runs.initial_params(init, initial_checkpoint_path, seed)
+    folder = runs.open_folder(model_dir)
+    folders.describe(folder, description, vocabulary_path)
+    runs.run(
+        runs.Training(
+            name,
+            step_fn,
+            lambda step: train.batch(seed, step, loop.batch_size),
+            evaluate,
+            {
+                "data/truncated_prompts": train.num_truncated_prompts,
+                "data/truncated_share": train.num_truncated_prompts
+                / train.num_examples,
+            },
+        ),
+        folder=folder,
+        initial_state=supervised_step.init_state(params, transformation),
+        settings=loop,
+        seed=seed,
+    )
+
+
+def _mean_over(
+    evaluation: Callable[..., Any], data: Any, rows: np.ndarray, batch_size: int
+) -> Callable[[Any], dict[str, float]]:
+    """Returns params -> means over `rows`, named `eval/...`, in one compiled shape."""
+    compiled = jax.jit(evaluation)
+    size = min(batch_size, len(rows))
+    # A part of a batch would be another shape; the rows left over are not read.
+    groups = np.split(rows[: len(rows) // size * size], len(rows) // size)
+
+    def mean(params) -> dict[str, float]:
+        totals = [compiled(params, data.take(group)) for group in groups]
+        found = supervised_step.mean_metrics(totals)
+        return {f"eval/{name.replace('/', '_')}": x for name, x in found.items()}
+
+    return mean
+
+
+def _write_samples(
+    model_dir: str, state: TrainState, data: Any, rows: np.ndarray, texts: list[str]
+) -> None:
+    folder = pathlib.Path(model_dir).expanduser() / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"step_{int(state.step)}.jsonl", "w") as file:
+        for row, text in zip(rows, texts, strict=True):
+            record = {
+                "prompt": data.prompt_texts[row],
+                "target": data.target_texts[row],
+                "response": text,
+            }
+            file.write(json.dumps(record) + "\n")
