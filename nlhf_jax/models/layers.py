@@ -4,6 +4,8 @@
 Every parameter carries logical axis names. Attention has no 1/sqrt(K): the scale is
 folded into the initialiser of the query (Raffel et al., 2020, arXiv 1910.10683; the
 T5X layout). Activations carry a query axis Q, or T in the decoder, and a key axis S.
+Keys and values keep heads before positions, so that the products of a decode step read
+the cache as it lies: with positions first, each step copies all of it.
 """
 
 import math
@@ -19,6 +21,10 @@ NUM_BUCKETS = 32
 MAX_DISTANCE = 128
 MASKED = -1e10  # added to the logits of keys that must not be seen
 NORM_EPSILON = 1e-6
+
+# T5X's initialisers; with inputs of variance 1 all outputs but the query's have it too.
+TRUNCATED = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+PROJECTION = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "linear": lambda x: x}
 
@@ -55,22 +61,21 @@ class Dense(nn.Module):
     Attributes:
       features: size of the last axis of the result.
       axes: logical names of the kernel's two axes.
-      stddev: of the truncated normal initialiser.
       dtype: of the product.
+      initializer: of the kernel.
     """
 
     features: int
     axes: tuple[str, str]
-    stddev: float
     dtype: str
+    initializer: nn.initializers.Initializer = TRUNCATED
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """Returns x @ kernel."""
-        init = nn.initializers.truncated_normal(self.stddev)
         kernel_DF = self.param(
             "kernel",
-            nn.with_logical_partitioning(init, self.axes),
+            nn.with_logical_partitioning(self.initializer, self.axes),
             (x.shape[-1], self.features),
             jnp.float32,
         )
@@ -113,9 +118,8 @@ class Embedding(nn.Module):
         return self.embedding.astype(self.dtype)[tokens]
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Returns the tied logits x @ embedding^T / sqrt(D)."""
-        x = x / jnp.sqrt(jnp.asarray(self.emb_dim, x.dtype))
-        return x.astype(self.dtype) @ self.embedding.astype(self.dtype).T
+        """Returns the tied logits x @ embedding^T / sqrt(D), float32."""
+        return x.astype(jnp.float32) @ self.embedding.T / math.sqrt(self.emb_dim)
 
 
 class RelativeBias(nn.Module):
@@ -151,36 +155,43 @@ class Attention(nn.Module):
     def setup(self):
         s = self.settings
         joined, inner = s.num_heads * s.head_dim, ("embed", "joined_kv")
-        scale = s.emb_dim**-0.5
-        self.query = Dense(joined, inner, scale * s.head_dim**-0.5, s.dtype)
-        self.key = Dense(joined, inner, scale, s.dtype)
-        self.value = Dense(joined, inner, scale, s.dtype)
-        self.out = Dense(s.emb_dim, ("joined_kv", "embed"), joined**-0.5, s.dtype)
+        query = nn.initializers.variance_scaling(1.0 / s.head_dim, "fan_in", "normal")
+        self.query = Dense(joined, inner, s.dtype, query)
+        self.key = Dense(joined, inner, s.dtype, PROJECTION)
+        self.value = Dense(joined, inner, s.dtype, PROJECTION)
+        self.out = Dense(s.emb_dim, ("joined_kv", "embed"), s.dtype, PROJECTION)
 
-    def _heads(self, x):
-        return x.reshape(*x.shape[:-1], self.settings.num_heads, self.settings.head_dim)
+    def _heads(self, x_BSJ):
+        batch, length, _ = x_BSJ.shape
+        heads = (self.settings.num_heads, self.settings.head_dim)
+        return x_BSJ.reshape(batch, length, *heads).swapaxes(1, 2)
 
     def keys_values(
         self, x_BSD: Float[Array, "B S D"]
-    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+    ) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]:
         """Returns what a decoder keeps of the positions `x_BSD`."""
         return self._heads(self.key(x_BSD)), self._heads(self.value(x_BSD))
 
     def read(
         self,
         x_BQD: Float[Array, "B Q D"],
-        keys_values: tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]],
+        keys_values: tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]],
         bias: Float[Array, "b h q S"],
         dropout=lambda x: x,
     ) -> Float[Array, "B Q D"]:
         """Returns softmax(q k + bias) v, projected; the softmax is in float32."""
-        keys_BSHK, values_BSHK = keys_values
-        query_BQHK = self._heads(self.query(x_BQD))
-        logits_BHQS = jnp.einsum("bqhk,bshk->bhqs", query_BQHK, keys_BSHK)
-        logits_BHQS = logits_BHQS.astype(jnp.float32) + bias
-        weights_BHQS = dropout(jax.nn.softmax(logits_BHQS, axis=-1))
-        weights_BHQS = weights_BHQS.astype(values_BSHK.dtype)
-        read_BQHK = jnp.einsum("bhqs,bshk->bqhk", weights_BHQS, values_BSHK)
+        keys_BHSK, values_BHSK = keys_values
+        query_BHQK = self._heads(self.query(x_BQD))
+        logits_BHQS = jnp.einsum(
+            "bhqk,bhsk->bhqs",
+            query_BHQK,
+            keys_BHSK,
+            preferred_element_type=jnp.float32,
+        )
+        weights_BHQS = dropout(jax.nn.softmax(logits_BHQS + bias, axis=-1))
+        weights_BHQS = weights_BHQS.astype(values_BHSK.dtype)
+        read_BHQK = jnp.einsum("bhqs,bhsk->bhqk", weights_BHQS, values_BHSK)
+        read_BQHK = read_BHQK.swapaxes(1, 2)
         return self.out(read_BQHK.reshape(*read_BQHK.shape[:2], -1))
 
     def __call__(self, x_BSD, bias, dropout=lambda x: x) -> Float[Array, "B S D"]:
@@ -200,11 +211,9 @@ class FeedForward(nn.Module):
         hidden = 1.0
         for index, name in enumerate(s.mlp_activations):
             layer = "wi" if len(s.mlp_activations) == 1 else f"wi_{index}"
-            dense = Dense(
-                s.mlp_dim, ("embed", "mlp"), s.emb_dim**-0.5, s.dtype, name=layer
-            )
+            dense = Dense(s.mlp_dim, ("embed", "mlp"), s.dtype, name=layer)
             hidden = hidden * ACTIVATIONS[name](dense(x))
-        out = Dense(s.emb_dim, ("mlp", "embed"), s.mlp_dim**-0.5, s.dtype, name="wo")
+        out = Dense(s.emb_dim, ("mlp", "embed"), s.dtype, name="wo")
         return out(dropout(hidden))
 
 

@@ -36,10 +36,10 @@ PAD_ID, EOS_ID, START_ID = 0, 1, 0
 class LayerCache(NamedTuple):
     """Keys and values of one decoder layer, one row per response being decoded."""
 
-    self_keys_RTHK: Float[Array, "R T H K"]
-    self_values_RTHK: Float[Array, "R T H K"]
-    cross_keys_RSHK: Float[Array, "R S H K"]
-    cross_values_RSHK: Float[Array, "R S H K"]
+    self_keys_RHTK: Float[Array, "R H T K"]
+    self_values_RHTK: Float[Array, "R H T K"]
+    cross_keys_RHSK: Float[Array, "R H S K"]
+    cross_values_RHSK: Float[Array, "R H S K"]
 
 
 class T5Cache(NamedTuple):
@@ -104,21 +104,21 @@ class DecoderLayer(nn.Module):
         cross_keys, cross_values = self.encoder_decoder_attention.keys_values(
             encoded_BSD
         )
-        batch, _, heads, width = cross_keys.shape
-        empty = jnp.zeros((batch, max_length, heads, width), cross_keys.dtype)
+        batch, heads, _, width = cross_keys.shape
+        empty = jnp.zeros((batch, heads, max_length, width), cross_keys.dtype)
         return LayerCache(empty, empty, cross_keys, cross_values)
 
     def step(self, x_R1D, cache: LayerCache, step, self_bias, cross_bias):
         """Returns (output of one position, cache with that position written)."""
         h_R1D = self.pre_self_attention_layer_norm(x_R1D)
         write = functools.partial(
-            jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1
+            jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=2
         )
         new_keys, new_values = self.self_attention.keys_values(h_R1D)
-        keys = write(cache.self_keys_RTHK, new_keys)
-        values = write(cache.self_values_RTHK, new_values)
+        keys = write(cache.self_keys_RHTK, new_keys)
+        values = write(cache.self_values_RHTK, new_values)
         x_R1D = x_R1D + self.self_attention.read(h_R1D, (keys, values), self_bias)
-        cross = (cache.cross_keys_RSHK, cache.cross_values_RSHK)
+        cross = (cache.cross_keys_RHSK, cache.cross_values_RHSK)
         x_R1D = self._rest(x_R1D, cross, cross_bias, lambda x: x)
         return x_R1D, LayerCache(keys, values, *cross)
 
@@ -155,17 +155,14 @@ class Decoder(nn.Module):
         self.layers = [DecoderLayer(s) for _ in range(s.num_decoder_layers)]
         self.decoder_norm = RMSNorm(s.dtype)
         if not s.logits_via_embedding:
-            self.logits_dense = Dense(
-                s.vocab_size, ("embed", "vocab"), s.emb_dim**-0.5, s.dtype
-            )
+            # Float32 whatever the activations' dtype, as the tied logits are.
+            self.logits_dense = Dense(s.vocab_size, ("embed", "vocab"), "float32")
 
-    def _logits(self, x_BTD, embedding: Embedding):
-        x_BTD = self.decoder_norm(x_BTD)
+    def _logits(self, x_BTD, embedding: Embedding, dropout=lambda x: x):
+        x_BTD = dropout(self.decoder_norm(x_BTD))
         if self.settings.logits_via_embedding:
-            logits_BTV = embedding.attend(x_BTD)
-        else:
-            logits_BTV = self.logits_dense(x_BTD)
-        return logits_BTV.astype(jnp.float32)
+            return embedding.attend(x_BTD)
+        return self.logits_dense(x_BTD)
 
     def __call__(self, x_BTD, encoded_BSD, mask_BS, embedding, dropout):
         """Returns float32 logits of every position, [B, T, V]."""
@@ -177,7 +174,7 @@ class Decoder(nn.Module):
         x_BTD = dropout(x_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, encoded_BSD, self_bias, cross_bias, dropout)
-        return self._logits(dropout(x_BTD), embedding)
+        return self._logits(x_BTD, embedding, dropout)
 
     def start(self, encoded_BSD, mask_BS, max_length: int) -> T5Cache:
         """Returns the cache before the first token."""
@@ -186,7 +183,7 @@ class Decoder(nn.Module):
 
     def step(self, x_R1D, cache: T5Cache, step, embedding):
         """Returns (logits_RV of position `step`, cache)."""
-        keys_T = jnp.arange(cache.layers[0].self_keys_RTHK.shape[1])
+        keys_T = jnp.arange(cache.layers[0].self_keys_RHTK.shape[2])
         not_yet = jnp.where(keys_T > step, MASKED, 0.0)[None, None, None, :]
         self_bias = self.relpos_bias(step[None], keys_T) + not_yet
         cross_bias = key_bias(cache.mask_RS)
