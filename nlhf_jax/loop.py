@@ -1,163 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: batch, step, log, save, evaluate. It knows no algorithm."""
+"""The training loop: batch, step, log, evaluate, save; it knows no algorithm."""
 
+import contextlib
+import logging
+import math
 import signal
-import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from nlhf_jax.settings import LoopSettings
 from nlhf_jax.types import TrainState
 
-Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Mapping[str, Any]]]
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_log = logging.getLogger(__name__)
 
 
-class Writer(Protocol):
-    """Where metrics go."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line."""
+class TrainingDiverged(RuntimeError):
+    """A loss is not finite; nothing was saved after it became so."""
 
 
-class Display(Protocol):
-    """What shows progress to a person."""
+class MetricSink(Protocol):
+    """Takes one line of metrics: `write(step, {name: number})`."""
 
-    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Shows that `step` steps are done."""
-
-
-class Saver(Protocol):
-    """What makes a state durable."""
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Writes a checkpoint, perhaps in the background."""
-
-    def wait(self) -> None:
-        """Returns when the last checkpoint is durable."""
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
-class NotFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; the state was not saved."""
+class ProgressSink(Protocol):
+    """Shows how far the run is: `update(step, {name: number})`."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
-class _StopRequest:
-    """Turns the first SIGTERM into a flag; the second kills as usual."""
+class StateSink(Protocol):
+    """Keeps states: `save(step, state, meta)`, and `wait()` until they are safe."""
+
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
 
     def __init__(self):
-        self.is_set = False
+        self.signal: signal.Signals | None = None
 
-    def __enter__(self):
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
+    def __bool__(self) -> bool:
+        return self.signal is not None
 
-    def __exit__(self, *unused_exception):
-        signal.signal(signal.SIGTERM, self._previous)
 
-    def _note(self, *unused_arguments):
-        self.is_set = True
-        signal.signal(signal.SIGTERM, self._previous)
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turns the first SIGTERM or SIGINT into a request; a second one acts at once.
+
+    Outside the main thread signals cannot be caught, and the request never comes.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        request.signal = signal.Signals(number)
+        restore()
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+class _Clock:
+    """Seconds of training per step since the last line, pauses left out."""
+
+    def __init__(self):
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def step_done(self, metrics: Mapping[str, float]) -> None:
+        self._steps += 1
+        self._tokens += metrics.get("token/count", 0.0)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._seconds += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Returns the metrics of time, and starts anew."""
+        now = time.perf_counter()
+        seconds = max(self._seconds + now - self._since, 1e-9)
+        rates = {"time/seconds_per_step": seconds / max(self._steps, 1)}
+        if self._tokens:
+            rates["time/tokens_per_second"] = self._tokens / seconds
+        self._steps, self._seconds, self._tokens, self._since = 0, 0.0, 0.0, now
+        return rates
+
+
+def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        watched = name.startswith("loss/") or name == "optimizer/gradient_norm"
+        if watched and not math.isfinite(value):
+            raise TrainingDiverged(
+                f"{name} is {value} at step {step}; the last checkpoint is older. "
+                "Lower the learning rate, or look at the data of this step."
+            )
+
+
+def _is_due(step: int, period: int, last: int) -> bool:
+    return step == last or (period > 0 and step % period == 0)
+
+
+class _Reporter:
+    """Reads each step's metrics one step late, checks them, and passes them on."""
+
+    def __init__(self, settings, writer, progress, step_fn):
+        self._settings = settings
+        self._writer, self._progress = writer, progress
+        self._step_fn = step_fn
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.clock = _Clock()
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Reports the step before this one, and keeps this one for later."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the step that is kept, if any, and reports it."""
+        if self._pending is None:
+            return
+        step, on_device = self._pending
+        self._pending = None
+        metrics = {k: float(v) for k, v in jax.device_get(dict(on_device)).items()}
+        self.clock.step_done(metrics)
+        if _is_due(step, self._settings.log_period, self._settings.train_steps):
+            self._writer.write(step, metrics | self.clock.read() | self._compiled())
+        self._progress.update(step, metrics)
+        _check_finite(step, metrics)
+
+    def _compiled(self) -> dict[str, float]:
+        count = getattr(self._step_fn, "num_compilations", None)
+        return {} if count is None else {"compile/count": float(count)}
 
 
 def train_loop(
-    step_fn: Step,
+    step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict]],
     state: TrainState,
     batches: Callable[[int], Any],
     *,
     settings: LoopSettings,
-    checkpointer: Saver,
-    writer: Writer,
-    progress: Display,
+    checkpointer: StateSink,
+    writer: MetricSink,
+    progress: ProgressSink,
     key: jax.Array,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    start_step: int | None = None,
 ) -> TrainState:
-    """Updates `state` until `settings.train_steps`, and returns it.
+    """Returns the state after `settings.train_steps` updates, or where it was stopped.
 
-    The step is compiled once, its state donated. While a step runs, the host prepares
-    the next batch and reads the metrics of the step before, so that at most one step
-    is in flight. On SIGTERM the current state is saved and the process exits with
-    code 143; the same command continues from there.
+    One step is in flight: while it runs, the host makes the next batch and reads the
+    metrics of the step before. The line of step s describes update s, evaluations and
+    checkpoints of step s the state after it; line and evaluation are written before
+    the checkpoint, so a run that resumes from it has lost none. What is written, times
+    aside, depends on seed and step alone.
+
+    SIGTERM or Ctrl-C ends the loop after the step under way with a checkpoint of it,
+    without an evaluation, since the time left may be short; the caller sees
+    `state.step < train_steps`. A second one ends the process.
 
     Args:
-      step_fn: (state, batch, key) -> (state, metrics); it counts in `state.step`.
-      state: where to begin; its `step` is the number of updates done.
-      batches: step -> host batch, a pure function.
+      step_fn: (state, batch, key) -> (state, metrics), compiled; it may donate the
+        state. Its `num_compilations`, where it has one, is reported.
+      state: where to start; not to be used again by the caller.
+      batches: the host's batch of each step, counted from 0: a pure function.
       settings: steps and periods.
-      checkpointer: saves the state at every period and at the end.
-      writer: receives metrics at every log period.
-      progress: receives every finished step.
-      key: the run's random key.
-      evaluate: state -> metrics, at every evaluation period and at the end.
+      checkpointer, writer, progress: see the protocols above.
+      key: the same in every step; the step function folds `state.step` into it.
+      evaluate: state -> metrics; it must not donate the state.
+      meta: facts stored in every checkpoint.
+      start_step: updates already done, `state.step` if None; with `train_steps` of
+        them or more the loop returns at once.
 
     Raises:
-      NotFiniteError: a metric is NaN or infinite; the state is not saved.
+      TrainingDiverged: a loss or gradient norm is not finite.
+      CheckpointError: a checkpoint cannot be written.
     """
-    compiled = jax.jit(step_fn, donate_argnums=0)
-    done, last_saved = int(state.step), int(state.step)
-    clock = _Clock(done)
-    with _StopRequest() as stop:
-        while done < settings.train_steps:
-            batch = jax.device_put(batches(done))
-            state, pending = compiled(state, batch, key)
-            done += 1
-            is_last = done == settings.train_steps
-            metrics = _read(pending, done)
-            progress.update(done, metrics)
-            if is_last or done % settings.log_period == 0:
-                writer.write(done, metrics | clock.lap(done, compiled))
-            if evaluate and _is_due(done, settings.eval_period, is_last):
-                writer.write(done, evaluate(state))
-                clock.skip()
-            if stop.is_set or _is_due(done, settings.checkpoint_period, is_last):
-                checkpointer.save(done, state)
-                last_saved = done
-                clock.skip()
-            if stop.is_set:
-                checkpointer.wait()
-                print(
-                    f"nlhf: stopped by SIGTERM, saved at step {last_saved}; the same "
-                    "command continues",
-                    file=sys.stderr,
-                )
-                sys.exit(128 + signal.SIGTERM)
-    checkpointer.wait()
+    last = settings.train_steps
+    start_step = int(state.step) if start_step is None else start_step
+    if start_step >= last:
+        return state
+    reporter = _Reporter(settings, writer, progress, step_fn)
+    with stop_on_signal() as stop, _all_saved(checkpointer):
+        for step in range(start_step, last):
+            state, metrics = step_fn(state, batches(step), key)
+            done = step + 1
+            reporter.push(done, metrics)
+            asked_to_stop = bool(stop)
+            may_evaluate = evaluate is not None and not asked_to_stop
+            if may_evaluate and _is_due(done, settings.eval_period, last):
+                reporter.flush()
+                with reporter.clock.paused():
+                    writer.write(done, evaluate(state))
+            if asked_to_stop or _is_due(done, settings.checkpoint_period, last):
+                reporter.flush()
+                with reporter.clock.paused():
+                    checkpointer.save(done, state, meta or {})
+            if asked_to_stop:
+                _log.warning("%s: stopped after step %d", stop.signal.name, done)
+                break
     return state
 
 
-def _is_due(step: int, period: int, is_last: bool) -> bool:
-    return is_last or bool(period and step % period == 0)
-
-
-def _read(pending: Mapping[str, Any], step: int) -> dict[str, float]:
-    metrics = {name: float(x) for name, x in jax.device_get(dict(pending)).items()}
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            raise NotFiniteError(
-                f"{name} is {value} at step {step}; the newest checkpoint is older and "
-                "intact (a smaller learning rate or more clipping may help)"
-            )
-    return metrics
-
-
-class _Clock:
-    """Seconds per step since the last line, without evaluation and saving."""
-
-    def __init__(self, step: int):
-        self._step, self._start = step, time.perf_counter()
-
-    def lap(self, step: int, compiled: Any) -> dict[str, float]:
-        """Returns the time metrics of the steps since the last lap."""
-        now = time.perf_counter()
-        seconds = (now - self._start) / max(1, step - self._step)
-        self._step, self._start = step, now
-        return {
-            "time/seconds_per_step": seconds,
-            "compile/count": float(compiled._cache_size()),
-        }
-
-    def skip(self) -> None:
-        """Leaves out the time since the lap was taken."""
-        self._start = time.perf_counter()
+@contextlib.contextmanager
+def _all_saved(checkpointer: StateSink) -> Iterator[None]:
+    """Waits for the checkpoints at the end, also when the loop failed."""
+    try:
+        yield
+    except BaseException:
+        # The loop's own error is the one to show.
+        with contextlib.suppress(RuntimeError):
+            checkpointer.wait()
+        raise
+    checkpointer.wait()

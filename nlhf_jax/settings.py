@@ -157,8 +157,8 @@ class DataSettings:
     """Which texts a job reads and how they become tokens.
 
     Attributes:
-      mixture_or_task_name: "docstrings", "debian", "tldr", "jsonl", or a seqio task or
-        mixture the user has registered.
+      mixture_or_task_name: "docstrings", "docstrings_and_signatures", "debian", "tldr",
+        "jsonl", or a seqio task or mixture the user has registered.
       task_feature_lengths: {"inputs": S, "targets": T}, the longest prompt and response
         in tokens, the end token included.
       vocabulary_path: a SentencePiece model; "byte" for the byte vocabulary; "" for the
@@ -205,3 +205,29 @@ class DataSettings:
             low_open=True,
             high_open=True,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How many devices lie along each axis of the mesh.
+
+    At most one size is -1: the devices that are left. The defaults split the batch
+    over all devices.
+
+    Attributes:
+      data: copies of the parameters, each with a part of the batch.
+      fsdp: the batch and the parameters are split over it.
+      tensor: heads, hidden units and vocabulary are split over it.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            if size != -1:
+                check_integer(f"mesh {name}", size, 1)
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"at most one mesh size may be -1, got {sizes}")

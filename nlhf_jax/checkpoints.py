@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run, and parameters alone in one portable file.
+
+    MODEL_DIR/checkpoints/<step>/    the whole train state and a few facts (orbax)
+    MODEL_DIR/checkpoints/params.safetensors    parameters alone, for an export
+
+Nothing else is needed to resume: data order and random keys are functions of (seed,
+step). Every saved state carries a checksum per array, since the format itself does not
+notice a flipped bit, and a state with a NaN in it is never written.
+"""
+
+import logging
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Bool, PyTree, UInt32
+
+from nlhf_jax.checks import UserError, check_integer
+from nlhf_jax.parameter_files import (
+    PARAMS_FILE,
+    CheckpointError,
+    check_same_arrays,
+    names_of,
+    read_params_file,
+    save_params,
+)
+from nlhf_jax.types import POLICY, Params, TrainState
+
+STEPS_FOLDER = "checkpoints"
+_STATE, _META = "state", "meta"
+
+__all__ = ["CheckpointError", "Checkpointer", "load_params", "save_params"]
+
+_log = logging.getLogger(__name__)
+
+
+def _checksum(array: Array) -> UInt32[Array, ""]:
+    """Sum of the array's words, each times an odd number of its position, mod 2^32.
+
+    Any one flipped bit changes it; it does not depend on the layout over devices.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position += along * jnp.uint32(stride)
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _inspect(state: PyTree) -> tuple[list[Bool[Array, ""]], list[UInt32[Array, ""]]]:
+    """Returns whether each array is finite, and the checksum of each."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [jnp.isfinite(leaf).all() for leaf in leaves], [
+        _checksum(leaf) for leaf in leaves
+    ]
+
+
+class Checkpointer:
+    """Saves and restores the train state of one run; at most one writer per folder.
+
+    Saving is asynchronous: `save` returns when the arrays are copied, and a failure to
+    write them is raised by the next `save`, `wait` or `close`. A caller that ends
+    without `close` may lose its last checkpoint unnoticed.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        """Opens (or makes) the folder; only the `keep` newest checkpoints stay.
+
+        Raises:
+          UserError: `keep` < 1, or the folder cannot be made.
+        """
+        check_integer("keep", keep, 1)
+        self.folder = pathlib.Path(folder).expanduser().absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint folder {str(folder)!r} cannot be made: {error.strerror}"
+            ) from error
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None without any."""
+        return max(self.steps(), default=None)
+
+    def save(
+        self, step: int, state: TrainState, meta: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the state after `step` updates, with facts that JSON can hold.
+
+        Raises:
+          CheckpointError: a number is not finite, the step is not newer than the
+            newest checkpoint, or this or the previous checkpoint cannot be written.
+        """
+        where = f"checkpoint {step} in {self.folder}"
+        finite, checksums = jax.device_get(_inspect(state))
+        bad = [n for n, ok in zip(names_of(state), finite, strict=True) if not ok]
+        if bad:
+            raise CheckpointError(
+                f"{where} not written: {bad[0]} has numbers that are not finite"
+            )
+        facts = {
+            **(meta or {}),
+            "step": step,
+            "checksums": [int(checksum) for checksum in checksums],
+        }
+        try:
+            written = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardSave(state),
+                        _META: ocp.args.JsonSave(facts),
+                    }
+                ),
+            )
+        except Exception as error:
+            raise CheckpointError(f"{where} could not be written: {error}") from error
+        if not written:
+            raise CheckpointError(
+                f"{where} not written: checkpoint {self.latest_step()} is there already"
+            )
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Returns the facts saved beside the state of `step`."""
+        args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
+        return self._manager.restore(step, args=args)[_META]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Returns the state saved at `step`, or at the newest good one before it.
+
+        A damaged checkpoint is named in a warning and, once an older one has been
+        read, renamed to `<step>.damaged`, so that the run can save that step again.
+
+        Args:
+          step: usually `latest_step()`.
+          like: a state, concrete or abstract, with the structure, shapes, dtypes and
+            (where its leaves have one) shardings that the result gets.
+
+        Raises:
+          UserError: there is no such checkpoint, it belongs to another model or
+            optimiser, or none up to `step` is readable.
+        """
+        steps = self.steps()
+        if step not in steps:
+            raise UserError(
+                f"no checkpoint {step} in {str(self.folder)!r}; steps there: {steps}"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        damaged = []
+        for candidate in [s for s in reversed(steps) if s <= step]:
+            try:
+                state = self._restore_one(candidate, abstract)
+            except UserError:
+                raise
+            except Exception as error:
+                _log.warning("%s", _damage(self.folder / str(candidate), error))
+                damaged.append(candidate)
+                continue
+            self._set_aside(damaged)
+            return state
+        raise UserError(
+            f"no readable checkpoint in {str(self.folder)!r}: {damaged} are damaged"
+        )
+
+    def _restore_one(self, step: int, abstract: TrainState) -> TrainState:
+        stored = _stored_arrays(self.folder / str(step))
+        check_same_arrays(f"checkpoint {step} in {self.folder}", stored, abstract)
+        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
+        state = self._manager.restore(step, args=args)[_STATE]
+        _, checksums = jax.device_get(_inspect(state))
+        _compare_checksums(names_of(state), checksums, self.read_meta(step))
+        return state
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            folder = self.folder / str(step)
+            if jax.process_index() == 0:
+                folder.rename(folder.with_name(f"{step}.damaged"))
+        if steps:
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Waits until everything saved is on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise CheckpointError(
+                f"a checkpoint in {self.folder} could not be written: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits as `wait` does, and lets the folder go."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _damage(folder: pathlib.Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"checkpoint {folder} is damaged: {reason[0][:200]}"
+
+
+def _compare_checksums(
+    names: Mapping[str, Any], checksums: list[Any], meta: Mapping[str, Any]
+) -> None:
+    for name, found, saved in zip(names, checksums, meta["checksums"], strict=True):
+        if int(found) != saved:
+            raise CheckpointError(f"the checksum of {name} differs")
+
+
+def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the tree of shapes and dtypes of a stored state, reading no array."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(step_folder / _STATE).item_metadata
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree
+    )
+
+
+def load_params(path: str | pathlib.Path, like: Params | None = None) -> dict[str, Any]:
+    """Returns a policy's parameters in float32, whatever the stored dtype.
+
+    Args:
+      path: a model folder, its `checkpoints` folder, one step's folder, or a
+        safetensors file. Of several steps the newest readable one is taken.
+      like: parameters, concrete or abstract, whose names and shapes are required.
+
+    Raises:
+      UserError: nothing is there, it is damaged, or it does not fit `like`; the first
+        parameter that differs is named with both shapes.
+    """
+    source = pathlib.Path(path).expanduser().absolute()
+    if not source.exists():
+        raise UserError(f"checkpoint {str(path)!r} does not exist")
+    candidates = _param_sources(source)
+    if not candidates:
+        raise UserError(
+            f"{str(path)!r} holds no checkpoint: expected a folder of steps, a step, "
+            f"or {PARAMS_FILE}"
+        )
+    for candidate in candidates:
+        try:
+            params = _read_params(candidate, like)
+        except UserError:
+            raise
+        except Exception as error:
+            _log.warning("%s", _damage(candidate, error))
+            continue
+        return jax.tree.map(_to_float32, params)
+    raise UserError(f"no checkpoint in {str(path)!r} is readable: all are damaged")
+
+
+def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
+    """Returns files and step folders to try, in order; empty if there are none."""
+    if source.is_file() or (source / _STATE).is_dir():
+        return [source]
+    steps = [f for f in source.iterdir() if f.name.isdecimal() and f.is_dir()]
+    if steps:
+        return sorted(steps, key=lambda folder: int(folder.name), reverse=True)
+    if (source / PARAMS_FILE).is_file():
+        return [source / PARAMS_FILE]
+    inner = source / STEPS_FOLDER
+    return _param_sources(inner) if inner.is_dir() else []
+
+
+def _read_params(source: pathlib.Path, like: Params | None) -> dict[str, Any]:
+    if source.is_file():
+        return read_params_file(source, like)
+    stored = _stored_arrays(source)
+    abstract = {"param_sets": {POLICY: stored["param_sets"][POLICY]}}
+    if like is not None:
+        check_same_arrays(
+            str(source), abstract["param_sets"][POLICY], like, any_dtype=True
+        )
+    as_numpy = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), abstract
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = reader.restore(
+            source / _STATE,
+            args=ocp.args.PyTreeRestore(
+                item=abstract, restore_args=as_numpy, partial_restore=True
+            ),
+        )
+    return found["param_sets"][POLICY]
+
+
+def _to_float32(leaf: np.ndarray) -> Array:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.asarray(leaf, jnp.float32 if floating else leaf.dtype)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device holds what: the mesh, one table of rules, compiled steps.
+
+Parameters carry logical axis names (`embed`, `mlp`, ...); `RULES` says along which
+axis of the mesh each is split. Everything else follows from the table: optimiser
+moments lie where their parameter lies, a batch is split by rows.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from nlhf_jax.checks import UserError, nearest
+from nlhf_jax.settings import MeshSettings
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# In order of priority, as in T5X: a rule is taken if its mesh axes are still free in
+# the array; else the next rule of the same name is tried. None leaves the axis whole.
+RULES = (
+    ("batch", BATCH_AXES),
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("joined_kv", "tensor"),
+    ("embed", "fsdp"),
+    ("embed", None),
+    ("kv", None),
+    ("relpos_buckets", None),
+    ("abspos_buckets", None),
+    ("length", None),
+    ("layers", None),
+    ("stack", None),
+    ("mlp_activations", None),
+)
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+LogicalAxes = tuple[str | None, ...]
+
+
+def _shape_text(mesh_sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in mesh_sizes.items())
+
+
+def make_mesh(
+    settings: MeshSettings, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns the mesh (data, fsdp, tensor) over all devices, with Auto axes.
+
+    Args:
+      settings: sizes; -1 takes the devices that are left.
+      devices: all of this job's if None.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: getattr(settings, name) for name in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and len(devices) % fixed == 0:
+        rest = len(devices) // fixed
+        sizes = {n: rest if size == -1 else size for n, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        divisors = _divisors(len(devices))
+        raise UserError(
+            f"mesh {_shape_text(sizes)} must use all {len(devices)} devices; "
+            f"each size must be one of {divisors}, and their product {len(devices)}"
+        )
+    shape = tuple(sizes.values())
+    axis_types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, MESH_AXES, axis_types, devices=devices)
+
+
+def _free(mesh_axes: str | tuple[str, ...] | None, taken: dict[str, str]) -> bool:
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    return not any(name in taken for name in names)
+
+
+def resolve(logical_axes: LogicalAxes, rules: Rules = RULES) -> PartitionSpec:
+    """Returns the mesh axes of an array with these logical axes, by the rules.
+
+    Rules are gone through in order, and each gives its mesh axes to the first axis of
+    its name that has none yet, provided they are free.
+
+    Raises:
+      UserError: an unknown name, or two axes of the array want the same mesh axis and
+        the table has no other rule for the second.
+    """
+    known = {name for name, _ in rules}
+    for name in logical_axes:
+        if name is not None and name not in known:
+            raise UserError(
+                f"unknown logical axis {name!r} in {logical_axes}{nearest(name, known)}"
+            )
+    chosen: dict[int, str | tuple[str, ...] | None] = {}
+    taken: dict[str, str] = {}
+    for name, mesh_axes in rules:
+        for position, axis in enumerate(logical_axes):
+            if axis != name or position in chosen or not _free(mesh_axes, taken):
+                continue
+            chosen[position] = mesh_axes
+            for used in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+                taken[used] = name
+    for position, name in enumerate(logical_axes):
+        if name is not None and position not in chosen:
+            _refuse_collision(name, logical_axes, rules, taken)
+    return PartitionSpec(*(chosen.get(i) for i in range(len(logical_axes))))
+
+
+def _refuse_collision(
+    name: str, logical_axes: LogicalAxes, rules: Rules, taken: dict[str, str]
+) -> None:
+    wanted = dict(rules)[name]
+    axes = (wanted,) if isinstance(wanted, str) else wanted
+    holder = next(taken[axis] for axis in axes if axis in taken)
+    raise UserError(
+        f"logical axes {holder!r} and {name!r} of {logical_axes} both want mesh axis "
+        f"{wanted!r}; add the rule ({name!r}, None) to keep the second whole"
+    )
+
+
+def _check_divisible(
+    name: str, shape: tuple[int, ...], logical_axes: LogicalAxes, spec, mesh: Mesh
+) -> None:
+    if len(logical_axes) != len(shape):
+        raise UserError(f"{name} has shape {shape} but logical axes {logical_axes}")
+    for size, axis, mesh_axes in zip(shape, logical_axes, spec, strict=True):
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        parts = math.prod(mesh.shape[n] for n in names)
+        if size % parts:
+            sizes = _shape_text({n: mesh.shape[n] for n in names})
+            raise UserError(
+                f"axis {axis!r} of {name} has size {size}, which the mesh's {sizes} "
+                f"does not divide; sizes that do: {_divisors(size)}"
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def shardings_for(
+    logical_axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = RULES
+) -> PyTree:
+    """Returns the sharding of every parameter.
+
+    Args:
+      logical_axes: tree of tuples of names, as a model gives it.
+      shapes: the parameters, concrete or abstract (`jax.eval_shape(init, key)`).
+      mesh: see `make_mesh`.
+      rules: the table.
+
+    Raises:
+      UserError: see `resolve`; or a size that the mesh does not divide.
+    """
+
+    def one(path, leaf, axes) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = resolve(tuple(axes), rules)
+        _check_divisible(name, tuple(leaf.shape), tuple(axes), spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
+    """Checks that every device gets as many rows of every microbatch.
+
+    Raises:
+      UserError: names the nearest sizes that would do.
+    """
+    sizes = {name: mesh.shape[name] for name in BATCH_AXES}
+    unit = math.prod(sizes.values()) * num_microbatches
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"batch_size must be divisible by {unit} (mesh {_shape_text(sizes)}, "
+            f"num_microbatches={num_microbatches}), got {batch_size}; "
+            f"{near} would do"
+        )
+
+
+def state_shardings(state: PyTree, param_shardings: PyTree, params: PyTree) -> PyTree:
+    """Returns a sharding for every array of a train state.
+
+    An array whose path ends in the path of a parameter and has its shape (the
+    parameter itself, an average of it, a moment of the optimiser) lies as it does; all
+    else (counters, factored moments) is whole on every device.
+
+    Args:
+      state: concrete or abstract.
+      param_shardings: see `shardings_for`.
+      params: the parameters, concrete or abstract.
+    """
+    shardings = jax.tree.leaves(param_shardings)
+    whole = replicated(shardings[0].mesh)
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    known = {
+        (path, tuple(leaf.shape)): sharding
+        for (path, leaf), sharding in zip(paths, shardings, strict=True)
+    }
+
+    def one(path, leaf) -> NamedSharding:
+        ends = (path[start:] for start in range(len(path) + 1))
+        found = (known.get((end, tuple(leaf.shape))) for end in ends)
+        return next((sharding for sharding in found if sharding is not None), whole)
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+class CompiledFunction:
+    """A jitted function that runs under its mesh and counts its compilations."""
+
+    def __init__(self, fn: Callable[..., Any], mesh: Mesh, **jit_options: Any):
+        """Compiles nothing yet; `jit_options` go to `jax.jit`."""
+        self.mesh = mesh
+        self.num_compilations = 0
+
+        def counted(*args):
+            # Runs once per trace, and every trace is compiled.
+            self.num_compilations += 1
+            return fn(*args)
+
+        self._jitted = jax.jit(counted, **jit_options)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function; it compiles if shapes, dtypes or structure are new."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """Returns the function lowered for concrete or abstract arguments."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(*args)
+
+
+def initialize(
+    init: Callable[..., PyTree], mesh: Mesh, shardings: PyTree, *args: Any
+) -> PyTree:
+    """Returns `init(*args)` made where it will lie: no device ever holds it whole."""
+    return CompiledFunction(init, mesh, out_shardings=shardings)(*args)
+
+
+def compile_step(
+    step_fn: Callable[..., tuple[PyTree, PyTree]],
+    mesh: Mesh,
+    state_sharding: PyTree,
+    *argument_shardings: PyTree,
+) -> CompiledFunction:
+    """Compiles (state, *arguments) -> (state, metrics); the state is donated.
+
+    Args:
+      step_fn: a pure function.
+      mesh: see `make_mesh`.
+      state_sharding: of the state that comes in and goes out, a tree or a prefix.
+      argument_shardings: of each further argument; none means (batch, key): rows split
+        over the mesh, and the key whole.
+
+    Returns:
+      The step; metrics are whole on every device. NumPy batches are put in place by it.
+    """
+    argument_shardings = argument_shardings or (batch_sharding(mesh), replicated(mesh))
+    return CompiledFunction(
+        step_fn,
+        mesh,
+        in_shardings=(state_sharding, *argument_shardings),
+        out_shardings=(state_sharding, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def constrain(array: Array, logical_axes: LogicalAxes, rules: Rules = RULES) -> Array:
+    """Returns the array, laid out by the rules when a mesh is set (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, resolve(logical_axes, rules))
+
+
+def count_constraints(fn: Callable[..., Any], mesh: Mesh, *args: Any) -> int:
+    """Returns the number of sharding constraints in the trace of `fn(*args)`."""
+    with jax.set_mesh(mesh):
+        return str(jax.make_jaxpr(fn)(*args)).count("sharding_constraint")
