@@ -25,6 +25,7 @@ SETTINGS = (
     settings.OptimizerSettings,
     settings.SamplingSettings,
     settings.LoopSettings,
+    settings.MeshSettings,
     RaterPopulation,
 )
 REPOSITORY = gin_files.REPOSITORY

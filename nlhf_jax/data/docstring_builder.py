@@ -44,7 +44,7 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         corpus = self._read_corpus() if self._read_corpus else _installed_corpus("")
-        splits = docstrings.split_pairs(corpus.pairs)
+        splits = docstrings.split_pairs(corpus.pairs, corpus.signatures)
         counts = pathlib.Path(self._data_dir_root, "counts.json")
         counts.parent.mkdir(parents=True, exist_ok=True)
         sizes = {split: len(pairs) for split, pairs in splits.items()}

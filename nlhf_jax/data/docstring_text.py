@@ -135,5 +135,13 @@ def reason_to_drop(summary: str, body: str) -> str:
     return next((name for name, failed in tests.items() if failed), "")
 
 
+def is_signature_summary(summary: str) -> bool:
+    """Returns whether a summary line stands by itself, whatever the body is like."""
+    words = len(summary.split())
+    is_plain = summary.isascii() and not re.search(r">>>|[{}<>=|\\]{2}|://", summary)
+    in_range = SUMMARY_WORDS[0] <= words <= SUMMARY_WORDS[1]
+    return in_range and is_plain and not _BOILERPLATE.search(summary)
+
+
 def _words(text: str) -> str:
     return re.sub(r"[.,;:!?()\"'/-]", "", text)

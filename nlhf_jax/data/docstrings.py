@@ -18,9 +18,15 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.data.docstring_text import key, plain, reason_to_drop, split_docstring
+from nlhf_jax.data.docstring_text import (
+    is_signature_summary,
+    key,
+    plain,
+    reason_to_drop,
+    split_docstring,
+)
 
-RECIPE = 1  # raise it when the same files would give other pairs
+RECIPE = 2  # raise it when the same files would give other pairs
 EVALUATION_SHARE = 0.08
 LARGE_PACKAGE_SHARE = 0.02
 MAX_PARAMETERS = 8
@@ -72,14 +78,22 @@ class Pair:
         shown = list(self.parameters[:MAX_PARAMETERS])
         if len(self.parameters) > MAX_PARAMETERS:
             shown.append("...")
-        return f"{self.name}({', '.join(shown)}): {self.body}"
+        return f"{self.name}({', '.join(shown)}): {self.body}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """All pairs in a fixed order, and how many definitions each filter dropped."""
+    """All pairs in a fixed order, and how many definitions each filter dropped.
+
+    Attributes:
+      pairs: bodies with their summary lines.
+      signatures: definitions whose body is missing or failed a filter, with an empty
+        body: their names and parameters still say what the summary line is about.
+      counts: name of a filter or of a group -> number of definitions.
+    """
 
     pairs: tuple[Pair, ...]
+    signatures: tuple[Pair, ...]
     counts: dict[str, int]
 
 
@@ -228,7 +242,7 @@ def read_corpus(
       progress: wraps the iteration, for a progress bar.
     """
     counts: collections.Counter[str] = collections.Counter(files=len(files))
-    pairs, seen = [], set()
+    pairs, signatures, seen = [], [], set()
     for source in progress(files):
         text = _read_text(source.path, counts)
         try:
@@ -244,7 +258,22 @@ def read_corpus(
             if not reason:
                 seen |= keys
                 pairs.append(pair)
-    return Corpus(tuple(pairs), dict(counts))
+            elif reason != "seen before" and is_signature_summary(pair.summary):
+                signatures.append(dataclasses.replace(pair, body=""))
+    signatures = _first_of_each_summary(signatures, seen)
+    counts["signatures"] = len(signatures)
+    return Corpus(tuple(pairs), tuple(signatures), dict(counts))
+
+
+def _first_of_each_summary(signatures: Iterable[Pair], seen: set[str]) -> list[Pair]:
+    """Drops summaries that a pair or an earlier signature has."""
+    kept = []
+    for pair in signatures:
+        name = "summary " + key(pair.summary)
+        if name not in seen:
+            seen.add(name)
+            kept.append(pair)
+    return kept
 
 
 def _read_text(path: pathlib.Path, counts: collections.Counter[str]) -> str:
@@ -278,12 +307,18 @@ def evaluation_packages(pairs: Sequence[Pair]) -> frozenset[str]:
     return frozenset(held_out)
 
 
-def split_pairs(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Returns {"train": ..., "evaluation": ...}; no package stands in both."""
+def split_pairs(
+    pairs: Sequence[Pair], signatures: Sequence[Pair] = ()
+) -> dict[str, list[Pair]]:
+    """Returns the splits "train", "evaluation" and "signatures".
+
+    No package of the evaluation stands in one of the others.
+    """
     held_out = evaluation_packages(pairs)
     return {
         "train": [pair for pair in pairs if pair.package not in held_out],
         "evaluation": [pair for pair in pairs if pair.package in held_out],
+        "signatures": [pair for pair in signatures if pair.package not in held_out],
     }
 
 
@@ -292,7 +327,7 @@ def main() -> None:
     corpus = read_corpus(list_files())
     for name, number in sorted(corpus.counts.items()):
         print(f"{name}: {number}")
-    for split, pairs in split_pairs(corpus.pairs).items():
+    for split, pairs in split_pairs(corpus.pairs, corpus.signatures).items():
         packages = len({pair.package for pair in pairs})
         print(f"{split}: {len(pairs)} pairs of {packages} packages")
 

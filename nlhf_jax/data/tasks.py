@@ -99,6 +99,19 @@ def _rekey(renamed: Mapping[str, str]) -> Callable[[Any], Any]:
 
 
 def _docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+    splits = {split: split for split in SPLITS}
+    return _docstring_task("docstrings", splits, settings, vocabulary)
+
+
+def _docstrings_and_signatures(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+    """The same evaluation; training also reads definitions without a body."""
+    splits = {"train": "train+signatures", "evaluation": "evaluation"}
+    return _docstring_task("docstrings_and_signatures", splits, settings, vocabulary)
+
+
+def _docstring_task(
+    name: str, splits: Mapping[str, str], settings: DataSettings, vocabulary: Vocabulary
+) -> Any:
     from nlhf_jax.data import docstring_builder
 
     folder = docstring_builder.corpus_folder(
@@ -106,10 +119,10 @@ def _docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any:
     )
     builder = docstring_builder.prepare(folder, settings.lock_file)
     source = import_seqio().TfdsDataSource(
-        tfds_name=f"docstrings:{builder.version}", tfds_data_dir=folder, splits=SPLITS
+        tfds_name=f"docstrings:{builder.version}", tfds_data_dir=folder, splits=splits
     )
     renamed = {"inputs": "prompt", "targets": "target"}
-    return register("docstrings", source, renamed, SUPERVISED, vocabulary)
+    return register(name, source, renamed, SUPERVISED, vocabulary)
 
 
 def rows_task(
@@ -169,6 +182,7 @@ _FIELDS = {
 _BUILDERS: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {
     SUPERVISED: {
         "docstrings": _docstrings,
+        "docstrings_and_signatures": _docstrings_and_signatures,
         "debian": _rows_of(SUPERVISED, debian.splits),
         "jsonl": _rows_of(
             SUPERVISED, lambda s: jsonl.read_splits(s, jsonl.PROMPT_FIELDS)

@@ -12,11 +12,18 @@ from typing import Any
 
 import jax
 
-from nlhf_jax import checkpoints, loop, metrics, optimizers, progress
+from nlhf_jax import (
+    checkpoints,
+    loop,
+    metrics,
+    optimizers,
+    partitioning,
+    progress,
+)
 from nlhf_jax.checks import UserError
 from nlhf_jax.jobs import folders
-from nlhf_jax.settings import LoopSettings, OptimizerSettings
-from nlhf_jax.types import Params, TrainState
+from nlhf_jax.settings import LoopSettings, MeshSettings, OptimizerSettings
+from nlhf_jax.types import POLICY, Params, ParamSets, TrainState
 
 REPORTED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow")
 
@@ -70,17 +77,51 @@ class Training:
 
     Attributes:
       name: shown beside the progress bar.
-      step_fn: (state, batch, key) -> (state, metrics).
+      step_fn: (state, frozen, batch, key) -> (state, metrics).
+      frozen: parameter sets the step reads and never changes.
       batches: step -> host batch; a pure function of the seed and the step.
       evaluate: state -> metrics.
       facts: metrics that don't change, written once at the start.
+      logical_axes: of the policy's parameters.
     """
 
     name: str
-    step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict]]
+    step_fn: Callable[..., tuple[TrainState, dict]]
+    frozen: ParamSets
     batches: Callable[[int], Any]
     evaluate: Callable[[TrainState], dict[str, float]]
     facts: dict[str, float]
+    logical_axes: Any
+
+
+class _FrozenStep:
+    """The compiled step with its frozen weights bound: (state, batch, key)."""
+
+    def __init__(self, training: Training, state: TrainState, mesh: Any):
+        params = state.param_sets[POLICY]
+        lie = partitioning.shardings_for(training.logical_axes, params, mesh)
+        self.state_sharding = partitioning.state_shardings(state, lie, params)
+        frozen_sharding = {
+            name: partitioning.state_shardings(tree, lie, params)
+            for name, tree in training.frozen.items()
+        }
+        self._frozen = jax.device_put(dict(training.frozen), frozen_sharding)
+        self._step = partitioning.compile_step(
+            training.step_fn,
+            mesh,
+            self.state_sharding,
+            frozen_sharding,
+            partitioning.batch_sharding(mesh),
+            partitioning.replicated(mesh),
+        )
+
+    @property
+    def num_compilations(self) -> int:
+        """How often the step was compiled; 1 is right."""
+        return self._step.num_compilations
+
+    def __call__(self, state: TrainState, batch: Any, key: jax.Array):
+        return self._step(state, self._frozen, batch, key)
 
 
 def run(
@@ -90,38 +131,56 @@ def run(
     initial_state: TrainState,
     settings: LoopSettings,
     seed: int,
+    mesh: MeshSettings,
 ) -> TrainState:
     """Trains from the newest checkpoint in `folder`, or from `initial_state`.
 
     Returns the state after `settings.train_steps` updates. A run that is already
     complete returns its last state at once.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the parameters or the batch.
+      Stopped: a signal ended the run early; its state is saved.
     """
+    device_mesh = partitioning.make_mesh(mesh)
+    partitioning.check_batch_size(
+        settings.batch_size, device_mesh, settings.num_microbatches
+    )
+    step = _FrozenStep(training, initial_state, device_mesh)
     checkpointer = checkpoints.Checkpointer(
         folder / "checkpoints", keep=settings.keep_checkpoints
     )
-    state = initial_state
-    latest = checkpointer.latest_step()
-    if latest is not None:
-        state = checkpointer.restore(latest, state)
-    start_step = int(state.step)
-    writer = metrics.MetricWriter(folder, start_step)
-    if start_step == 0:
-        writer.write(0, training.facts)
-    with progress.Progress(settings.train_steps, training.name) as bar:
-        state = loop.train_loop(
-            training.step_fn,
-            state,
-            training.batches,
-            settings=settings,
-            checkpointer=checkpointer,
-            writer=writer,
-            progress=bar,
-            evaluate=training.evaluate,
-            key=jax.random.key(seed),
-        )
-    writer.close()
-    checkpointer.close()
+    with checkpointer:
+        state = jax.device_put(initial_state, step.state_sharding)
+        latest = checkpointer.latest_step()
+        if latest is not None:
+            state = checkpointer.restore(latest, state)
+        start_step = int(state.step)
+        writer = metrics.MetricWriter(folder, start_step)
+        if start_step == 0:
+            writer.write(0, training.facts)
+        with progress.Progress(settings.train_steps, training.name) as bar:
+            state = loop.train_loop(
+                step,
+                state,
+                training.batches,
+                settings=settings,
+                start_step=start_step,
+                checkpointer=checkpointer,
+                writer=writer,
+                progress=bar,
+                evaluate=training.evaluate,
+                key=jax.random.key(seed),
+                meta={"seed": seed, "versions": versions()},
+            )
+        writer.close()
+    if int(state.step) < settings.train_steps:
+        raise Stopped(int(state.step))
     return state
+
+
+class Stopped(Exception):
+    """A signal ended the run after a checkpoint; the same command continues it."""
 
 
 def optimizer_and_rate(settings: OptimizerSettings, train_steps: int):

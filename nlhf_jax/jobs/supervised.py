@@ -20,6 +20,7 @@ from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    MeshSettings,
     OptimizerSettings,
     SamplingSettings,
     T5Settings,
@@ -37,6 +38,7 @@ def sft(
     seed: int = 0,
     initial_checkpoint_path: str = "",
     num_eval_examples: int = 512,
+    mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
 ) -> None:
     """Fine-tunes a T5 language model on prompts and their target responses.
 
@@ -49,6 +51,7 @@ def sft(
       seed: of initialisation, data order and dropout.
       initial_checkpoint_path: model folder to start from; empty starts from scratch.
       num_eval_examples: evaluation examples read, for the loss and for ROUGE.
+      mesh: how devices are laid out.
 
     Raises:
       UserError: the data, the vocabulary, the checkpoint or the folder is unusable.
@@ -86,7 +89,7 @@ def sft(
     _run_supervised(
         "sft",
         functools.partial(supervised_step.make_sft_step, network),
-        network.init,
+        network,
         train,
         evaluate,
         description=description,
@@ -96,6 +99,7 @@ def sft(
         loop=loop,
         seed=seed,
         initial_checkpoint_path=initial_checkpoint_path,
+        mesh=mesh,
     )
 
 
@@ -110,6 +114,7 @@ def preference(
     model: T5Settings | None = None,
     seed: int = 0,
     num_eval_examples: int = 512,
+    mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
 ) -> None:
     """Trains the pairwise preference model P(y > y' | x) on labelled comparisons.
 
@@ -125,6 +130,7 @@ def preference(
       model: shape of the network when it starts from scratch.
       seed: of initialisation and data order.
       num_eval_examples: held-out comparisons read at each evaluation.
+      mesh: how devices are laid out.
 
     Raises:
       UserError: the data, the checkpoint or the folder is unusable.
@@ -149,6 +155,7 @@ def reward(
     model: T5Settings | None = None,
     seed: int = 0,
     num_eval_examples: int = 512,
+    mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
 ) -> None:
     """Trains a Bradley-Terry reward model on labelled comparisons.
 
@@ -196,7 +203,7 @@ def _train_judge(
     _run_supervised(
         kind,
         functools.partial(make_step, network),
-        network.init,
+        network,
         train,
         lambda state: loss(state.param_sets[POLICY]),
         description=description,
@@ -228,7 +235,7 @@ def _shape_and_vocabulary(
 def _run_supervised(
     name: str,
     make_step: Callable[..., Any],
-    init: Callable[[jax.Array], Any],
+    network: Any,
     train: Any,
     evaluate: Callable[[TrainState], dict[str, float]],
     *,
@@ -239,18 +246,20 @@ def _run_supervised(
     loop: LoopSettings,
     seed: int,
     initial_checkpoint_path: str,
+    mesh: MeshSettings,
 ) -> None:
     transformation, rate = runs.optimizer_and_rate(optimizer, loop.train_steps)
     step_fn = make_step(
         transformation, num_microbatches=loop.num_microbatches, learning_rate=rate
     )
-    params = runs.initial_params(init, initial_checkpoint_path, seed)
+    params = runs.initial_params(network.init, initial_checkpoint_path, seed)
     folder = runs.open_folder(model_dir)
     folders.describe(folder, description, vocabulary_path)
     runs.run(
         runs.Training(
             name,
-            step_fn,
+            lambda state, frozen, batch, key: step_fn(state, batch, key),
+            {},
             lambda step: train.batch(seed, step, loop.batch_size),
             evaluate,
             {
@@ -258,11 +267,13 @@ def _run_supervised(
                 "data/truncated_share": train.num_truncated_prompts
                 / train.num_examples,
             },
+            network.logical_axes,
         ),
         folder=folder,
         initial_state=supervised_step.init_state(params, transformation),
         settings=loop,
         seed=seed,
+        mesh=mesh,
     )
 
 

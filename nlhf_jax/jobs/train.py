@@ -14,6 +14,7 @@ from nlhf_jax.jobs.policies import Policy, load_policy
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    MeshSettings,
     OptimizerSettings,
     SamplingSettings,
 )
@@ -34,6 +35,7 @@ def train(
     max_decode_length: int = 32,
     seed: int = 0,
     num_eval_examples: int = 64,
+    mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
 ) -> None:
     """Trains a policy with one of the registered algorithms.
 
@@ -51,6 +53,7 @@ def train(
       max_decode_length: longest response in tokens.
       seed: of the prompts' order and of sampling.
       num_eval_examples: held-out prompts answered at each evaluation.
+      mesh: how devices are laid out.
 
     Raises:
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
@@ -84,8 +87,8 @@ def train(
     runs.run(
         runs.Training(
             algorithm.name,
-            # Frozen weights are an argument of the compiled step, never a constant.
-            lambda state, batch, key: step_fn(state, frozen, batch, key),
+            step_fn,
+            frozen,
             lambda step: prompts.batch(seed, step, loop.batch_size).prompts,
             _held_out_comparison(
                 reference,
@@ -96,11 +99,13 @@ def train(
                 seed=seed,
             ),
             {"data/truncated_prompts": prompts.num_truncated_prompts},
+            network.logical_axes,
         ),
         folder=folder,
         initial_state=train_step.init_state(start, algorithm, transformation),
         settings=loop,
         seed=seed,
+        mesh=mesh,
     )
 
 
