@@ -198,3 +198,26 @@ def mean_win_rates(rates: WinRates) -> dict[str, float]:
     size = len(rates.names)
     totals_N = rates.mean_NN.sum(axis=1) - 0.5
     return dict(zip(rates.names, (totals_N / (size - 1)).tolist(), strict=True))
+
+
+def nash_average(rates: WinRates) -> dict[str, float]:
+    """Returns each policy's weight in the equilibrium of the game between policies.
+
+    The game's payoff is the mean win rate; a policy gets weight as far as the mixture
+    of all others does not beat it, and copies of one policy share its weight. Weights
+    are at least 0 and sum to one.
+
+    Source: Balduzzi et al. (2018), Re-evaluating evaluation, arXiv 1806.02643.
+    """
+    from scipy.optimize import linprog
+
+    size = len(rates.names)
+    margin_NN = rates.mean_NN - 0.5
+    found = linprog(
+        np.zeros(size),
+        A_ub=-margin_NN.T,
+        b_ub=np.full(size, 1e-12),
+        A_eq=np.ones((1, size)),
+        b_eq=[1.0],
+    )
+    return dict(zip(rates.names, found.x.tolist(), strict=True))
