@@ -23,7 +23,7 @@ class Progress:
       total: steps in all.
       description: what is being done; stands before the bar and each line.
       start_step: steps already done when a run resumes; they do not count for the
-        time left.
+        time left. None takes the first update's step, and counts from there.
       period: least seconds between plain lines.
       stream: where to show it; standard error if None.
     """
@@ -33,7 +33,7 @@ class Progress:
         total: int,
         description: str,
         *,
-        start_step: int = 0,
+        start_step: int | None = None,
         period: float | int = 10.0,
         stream: io.TextIOBase | None = None,
     ):
@@ -49,7 +49,7 @@ class Progress:
         self._last_line = -float("inf")
         if self._stream.isatty():
             self._display, self._task = _bar(
-                self._stream, self._description, self._total, self._start_step
+                self._stream, self._description, self._total, self._start_step or 0
             )
             self._display.start()
         return self
@@ -69,6 +69,8 @@ class Progress:
             self._display.update(self._task, completed=step, metrics=text)
             return
         now = time.monotonic()
+        if self._start_step is None:
+            self._start_step, self._start = step, now
         if now - self._last_line >= self._period or step >= self._total:
             self._last_line = now
             line = format_line(step, metrics).removeprefix(f"step {step}")

@@ -180,7 +180,7 @@ def test_plain_progress_is_thinned_but_ends_with_the_last_step(monkeypatch):
     clock = iter([0.0, 1.0, 2.0, 3.0, 12.0, 13.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
-    with progress.Progress(5, "sft", period=10.0, stream=stream) as bar:
+    with progress.Progress(5, "sft", start_step=0, stream=stream) as bar:
         for step in range(1, 6):
             bar.update(step, {"loss/token_nll": step})
     # Updates at 1, 2, 3, 12 and 13 s: the first, one a period later, and the last.
@@ -198,6 +198,17 @@ def test_time_left_counts_only_steps_since_the_resume(monkeypatch):
     with progress.Progress(100, "sft", start_step=90, stream=stream) as bar:
         bar.update(95, {})
     assert stream.getvalue() == "sft 95/100  0:10 left\n"  # 2 s a step, 5 to go
+
+
+def test_a_resume_that_nobody_announced_is_seen_at_the_first_update(monkeypatch):
+    clock = iter([0.0, 50.0, 60.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with progress.Progress(100, "sft", stream=stream) as bar:
+        bar.update(90)
+        bar.update(95)
+    # 5 steps in 10 s, 5 to go.
+    assert stream.getvalue() == "sft 90/100  ? left\nsft 95/100  0:10 left\n"
 
 
 def test_terminal_gets_a_bar():

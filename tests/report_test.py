@@ -341,7 +341,7 @@ def _browser():
     names = ("chromium", "chromium-browser", "google-chrome")
     found = [shutil.which(name) for name in names if shutil.which(name)]
     if not found:
-        pytest.skip(f"none of {', '.join(names)} is installed")
+        pytest.skip(f"no headless browser: none of {', '.join(names)} is installed")
     return found[0]
 
 

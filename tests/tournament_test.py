@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Win rates on judges with known answers, and the coverage of their intervals."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -137,14 +135,6 @@ def test_mean_win_rate_leaves_the_policy_itself_out():
     rates = tournament.win_rates(TEXTS, _longer)
     expected = {"short": 1.5 / 4 / 2, "middle": 2.5 / 4 / 2, "long": 1.0}
     assert tournament.mean_win_rates(rates) == pytest.approx(expected, abs=1e-15)
-
-
-def test_a_tournament_survives_json():
-    rates = tournament.win_rates(TEXTS, _longer)
-    again = tournament.WinRates.from_record(json.loads(json.dumps(rates.to_record())))
-    assert again.names == rates.names and again.confidence == rates.confidence
-    for name in ("mean_NN", "low_NN", "high_NN", "per_prompt_NNB"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(rates, name))
 
 
 def test_mistakes_are_refused():

@@ -63,24 +63,6 @@ class WinRates:
         ends = (self.mean_NN[i, j], self.low_NN[i, j], self.high_NN[i, j])
         return Interval(*map(float, ends))
 
-    def to_record(self) -> dict[str, Any]:
-        """Returns the fields as lists and numbers, for JSON."""
-        return {
-            field.name: np.asarray(getattr(self, field.name)).tolist()
-            for field in dataclasses.fields(self)
-        }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "WinRates":
-        """Reads what `to_record` returned."""
-        arrays = {
-            name: np.asarray(value, np.float64)
-            for name, value in record.items()
-            if name.endswith(("_NN", "_NNB"))
-        }
-        fields = dict(record) | arrays
-        return cls(**fields | {"names": tuple(record["names"])})
-
 
 def win_rates(
     samples: Mapping[str, Sequence[Any]],
