@@ -146,7 +146,10 @@ def test_one_vote_is_zero_or_one_and_repeats_with_the_seed():
     np.testing.assert_array_equal(*draws)
 
 
-def test_the_default_population_can_be_cyclic():
+EQUAL = dict.fromkeys(raters.CRITERIA, 1.0)
+
+
+def test_the_population_can_be_cyclic():
     summaries = [
         "quickly reads excel tables parsing rows",  # covers most, supported least
         "each table row is read from disk",  # all supported, longest
@@ -162,8 +165,17 @@ def test_the_default_population_can_be_cyclic():
         "faithfulness": [1, 2, 0],
         "brevity": [2, 0, 1],
     }
-    p_B = RaterPopulation().preference(*texts, summaries, summaries[1:] + summaries[:1])
+    pairs = (summaries, summaries[1:] + summaries[:1])
+    p_B = RaterPopulation(EQUAL).preference(*texts, *pairs)
     np.testing.assert_allclose(p_B, [2 / 3] * 3, atol=1e-15)
+    assert (RaterPopulation().preference(*texts, *pairs) > 0.5).all()
+
+
+def test_a_short_copy_is_beyond_defeat_only_among_equal_groups():
+    copy, covering = "load table path", "the table is read and each row is parsed"
+    arguments = ([DOCUMENT], [REFERENCE], [covering], [copy])
+    assert RaterPopulation(EQUAL).preference(*arguments) == 0.5
+    assert RaterPopulation().preference(*arguments) > 0.5
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,10 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def _equal_weights() -> dict[str, float]:
-    return dict.fromkeys(CRITERIA, 1.0)
+# Three words copied from the document are as faithful and as brief as can be, so equal
+# groups leave them unbeaten: another faithful summary gets 1/3 + 1/2 * 1/3 = 1/2. With
+# more who want coverage than who want brevity it loses, and cycles become common.
+DEFAULT_WEIGHTS = {"coverage": 0.4, "faithfulness": 0.3, "brevity": 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +131,16 @@ class RaterPopulation:
     has the lowest score, 0, under every criterion: it never beats anything.
 
     Attributes:
-      weights: criterion name -> size of its group, >= 0, in any unit.
+      weights: criterion name -> size of its group, >= 0, in any unit. The default is a
+        population in which no kind of summary is beyond defeat.
 
     Raises:
       UserError: an unknown criterion, a negative weight, or no positive weight.
     """
 
-    weights: Mapping[str, float] = dataclasses.field(default_factory=_equal_weights)
+    weights: Mapping[str, float] = dataclasses.field(
+        default_factory=DEFAULT_WEIGHTS.copy
+    )
 
     def __post_init__(self):
         for name, weight in self.weights.items():
