@@ -246,6 +246,8 @@ def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
     """Returns the tree of shapes and dtypes of a stored state, reading no array."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         metadata = reader.metadata(step_folder / _STATE).item_metadata
+    if metadata is None:
+        raise CheckpointError("its metadata cannot be read")
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree
     )
