@@ -132,7 +132,7 @@ class RaterPopulation:
 
     Attributes:
       weights: criterion name -> size of its group, >= 0, in any unit. The default is a
-        population in which no kind of summary is beyond defeat.
+        population in which a short copy of the document is not beyond defeat.
 
     Raises:
       UserError: an unknown criterion, a negative weight, or no positive weight.
