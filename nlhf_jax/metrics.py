@@ -133,8 +133,6 @@ _EVALUATION = {
     "eval/length": Metric(
         "tokens", 0, INFINITY, "mean response length, end token included"
     ),
-    "eval/rouge_1": Metric("share", 0, 1, "ROUGE-1 F against the person-written text"),
-    "eval/rouge_2": Metric("share", 0, 1, "ROUGE-2 F against the person-written text"),
     "eval/rouge_l": Metric("share", 0, 1, "ROUGE-L F against the person-written text"),
 }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric table, what the writer leaves on disk, and the progress display."""
 
+import ast
 import io
 import json
 import math
@@ -35,6 +36,26 @@ def test_every_row_is_complete():
 def test_documented_table_is_the_table():
     table = DOCS.read_text().split("| name |", 1)[1]
     assert ("| name |" + table).strip() == metrics.markdown_table().strip()
+
+
+def _names_in_source():
+    """Returns the string literals outside the table that read like metric names."""
+    package = pathlib.Path(metrics.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name not in {"metrics.py", "plots.py"}:
+            for node in ast.walk(ast.parse(path.read_text())):
+                value = getattr(node, "value", None)
+                if isinstance(value, str) and re.fullmatch(r"[a-z]+/[a-z0-9_]+", value):
+                    yield value
+
+
+def test_the_table_has_what_the_code_emits_and_nothing_else():
+    areas = {name.split("/")[0] for name in metrics.METRICS}
+    emitted = {name for name in _names_in_source() if name.split("/")[0] in areas}
+    assert emitted <= set(metrics.METRICS)
+    # Evaluations of supervised steps derive their names from the step's.
+    derived = set(metrics._evaluated(metrics._SUPERVISED))
+    assert set(metrics.METRICS) - emitted <= derived
 
 
 def test_supervised_quantities_have_held_out_rows():
