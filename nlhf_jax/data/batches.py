@@ -67,7 +67,7 @@ def example_order(
 
 
 def pad_prompts(
-    rows: Iterable[Sequence[int]], length: int, eos_id: int
+    rows: Iterable[Sequence[int] | np.ndarray], length: int, eos_id: int
 ) -> tuple[PromptBatch, int]:
     """Returns (prompts, number cut): a cut prompt keeps `eos_id` at its end.
 
@@ -80,13 +80,15 @@ def pad_prompts(
     return PromptBatch(tokens_BS, mask_BS), int(cut_B.sum())
 
 
-def pad_responses(rows: Iterable[Sequence[int]], length: int) -> tuple[Responses, int]:
+def pad_responses(
+    rows: Iterable[Sequence[int] | np.ndarray], length: int
+) -> tuple[Responses, int]:
     """Returns (responses, number cut): a cut response has no end-of-sequence id."""
     tokens_BT, mask_BT, cut_B = _pad(rows, length)
     return Responses(tokens_BT, mask_BT), int(cut_B.sum())
 
 
-def _pad(rows: Iterable[Sequence[int]], length: int):
+def _pad(rows: Iterable[Sequence[int] | np.ndarray], length: int):
     rows = [np.asarray(row, np.int32) for row in rows]
     tokens_BT = np.full((len(rows), length), PAD_ID, np.int32)
     for number, row in enumerate(rows):

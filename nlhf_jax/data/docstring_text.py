@@ -34,9 +34,7 @@ _BODY_BOILERPLATE = re.compile(
     re.I,
 )
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)`'\"\]])[.!?](?=\s+[A-Z`'\"(:\[]|\s*$)")
-_MARKUP = re.compile(
-    r":[\w:]*`~?([^`<]+?)(\s*<[^`>]*>)?`_?_?|``([^`]*)``|`([^`]*)`_?_?"
-)
+_MARKUP = re.compile(r":[\w:]*`([^`]*)`_?_?|``([^`]*)``|`([^`]*)`_?_?")
 
 
 def split_docstring(docstring: str) -> tuple[str, str]:
@@ -109,7 +107,8 @@ def _without_introduction(body: str) -> str:
 
 def plain(text: str) -> str:
     """Returns the text without reStructuredText roles, back-quotes and stars."""
-    text = _MARKUP.sub(lambda m: m.group(1) or m.group(3) or m.group(4) or "", text)
+    text = _MARKUP.sub(lambda found: "".join(filter(None, found.groups())), text)
+    text = re.sub(r"~(?=\w)|(?<=\w)\s*<[^<>`]*>(?=\s|$)", "", text)
     return _one_line(text.replace("**", "").replace("`", ""))
 
 

@@ -59,7 +59,9 @@ def check_row(
         raise UserError(f"{where}: must be a JSON object, got {_JSON_TYPES[type(row)]}")
     for field in (*fields, *([group_field] if group_field else [])):
         if field not in row:
-            raise UserError(f"{where}: field {field!r} is missing{_near(field, row)}")
+            others = [key for key in row if key not in fields]
+            near = _near(field, others, row)
+            raise UserError(f"{where}: field {field!r} is missing{near}")
     for field in fields:
         check = _check_preference if field == "preference" else _check_text
         check(row[field], f"{where}: {field!r}")
@@ -69,8 +71,8 @@ def check_row(
     return row
 
 
-def _near(field: str, row: Row) -> str:
-    close = difflib.get_close_matches(field, map(str, row), n=1, cutoff=0.5)
+def _near(field: str, others: Sequence[str], row: Row) -> str:
+    close = difflib.get_close_matches(field, others, n=1, cutoff=0.5)
     if close:
         return f" (found {close[0]!r}; did you mean {field!r}?)"
     return f", found {', '.join(repr(key) for key in row) or 'none'}"

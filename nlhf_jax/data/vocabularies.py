@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from nlhf_jax.checks import UserError, check_integer
 from nlhf_jax.data.tensorflow_setup import import_seqio, progress_bar
 from nlhf_jax.settings import DataSettings
@@ -64,31 +66,26 @@ def load_vocabulary(path: str) -> Vocabulary:
       UserError: there is no such file, it is no SentencePiece model, or its padding
         is not id 0.
     """
-    seqio = import_seqio()
+    import sentencepiece
+
     if path == "byte":
-        return seqio.ByteVocabulary()
-    if not pathlib.Path(path).expanduser().is_file():
+        return import_seqio().ByteVocabulary()
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
         raise UserError(
             "vocabulary_path must be a SentencePiece model, 'byte' or '', got "
             f"{path!r}, which is no file"
         )
-    vocabulary = seqio.SentencePieceVocabulary(str(pathlib.Path(path).expanduser()))
     try:
-        eos_id = vocabulary.eos_id
-    except (RuntimeError, ValueError, OSError):
-        eos_id = None
-    except Exception as error:  # protobuf's own DecodeError
-        if type(error).__name__ != "DecodeError":
-            raise
-        eos_id = None
-    if eos_id is None:
-        raise UserError(f"vocabulary_path {path!r} is no SentencePiece model")
-    if vocabulary.tokenizer.pad_id() != 0 or eos_id < 0:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError):
+        raise UserError(f"vocabulary_path {path!r} is no SentencePiece model") from None
+    if model.pad_id() != 0 or model.eos_id() < 0:
         raise UserError(
             f"vocabulary_path {path!r} must have padding at id 0 and an end token, "
-            f"got pad_id {vocabulary.tokenizer.pad_id()} and eos_id {eos_id}"
+            f"got pad_id {model.pad_id()} and eos_id {model.eos_id()}"
         )
-    return vocabulary
+    return import_seqio().SentencePieceVocabulary(str(file))
 
 
 def docstring_vocabulary_path(settings: DataSettings) -> str:
@@ -96,9 +93,8 @@ def docstring_vocabulary_path(settings: DataSettings) -> str:
     from nlhf_jax.data import docstring_builder
     from nlhf_jax.data.tensorflow_setup import import_tfds
 
-    data_dir = (
-        settings.data_dir if settings.mixture_or_task_name == "docstrings" else ""
-    )
+    of_docstrings = settings.mixture_or_task_name.startswith("docstrings")
+    data_dir = settings.data_dir if of_docstrings else ""
     folder = docstring_builder.corpus_folder(
         settings.cache_dir, data_dir, settings.lock_file
     )
@@ -108,7 +104,7 @@ def docstring_vocabulary_path(settings: DataSettings) -> str:
         rows = import_tfds().as_numpy(builder.as_dataset(split="train"))
         texts = [row[k].decode() for row in rows for k in ("prompt", "target")]
         for _ in progress_bar(f"Training a vocabulary of {VOCAB_SIZE} pieces")([0]):
-            train_vocabulary(texts, str(path))
+            train_vocabulary(texts, str(path), VOCAB_SIZE)
     return str(path)
 
 
@@ -133,7 +129,7 @@ def encode(text: str, vocabulary: Vocabulary) -> list[int]:
     return [int(i) for i in vocabulary.encode(text)]
 
 
-def decode(ids: Sequence[int], vocabulary: Vocabulary) -> str:
+def decode(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> str:
     """Returns the text before the first end-of-sequence id; padding is dropped."""
     ids = [int(i) for i in ids]
     if vocabulary.eos_id in ids:
