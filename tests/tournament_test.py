@@ -137,6 +137,55 @@ def test_mean_win_rate_leaves_the_policy_itself_out():
     assert tournament.mean_win_rates(rates) == pytest.approx(expected, abs=1e-15)
 
 
+def _rates(mean_NN):
+    """A tournament with these mean win rates and nothing else of interest."""
+    mean_NN = np.asarray(mean_NN, float)
+    names = tuple("abcdefgh"[: len(mean_NN)])
+    return tournament.WinRates(
+        names, mean_NN, mean_NN, mean_NN, mean_NN[:, :, None], 0.95
+    )
+
+
+def _equilibrium(mean_NN, **settings):
+    return np.array(list(tournament.nash_average(_rates(mean_NN), **settings).values()))
+
+
+def test_nash_average_of_three_types_of_people():
+    # Munos et al. (2024), Section 3.2: the weights for |e| <= 1/3.
+    e = 0.1
+    p21, p31, p32 = 2 / 3 - e / 2, 1 / 3 - e / 4, 2 / 3 + e / 4
+    game = [[0.5, 1 - p21, 1 - p31], [p21, 0.5, 1 - p32], [p31, p32, 0.5]]
+    expected = [1 / 3 + e / 2, 1 / 3 + e / 2, 1 / 3 - e]
+    # The entropy's pull is of the order of tau.
+    np.testing.assert_allclose(_equilibrium(game, tau=1e-5), expected, atol=1e-4)
+    np.testing.assert_allclose(_equilibrium(game), expected, atol=1e-2)
+
+
+def test_nash_average_puts_all_weight_on_who_beats_everyone():
+    weights_N = _equilibrium([[0.5, 0.45, 0.4], [0.55, 0.5, 0.3], [0.6, 0.7, 0.5]])
+    np.testing.assert_allclose(weights_N, [0, 0, 1], atol=1e-12)
+
+
+def test_policies_that_tie_share_their_weight():
+    weights_N = _equilibrium([[0.5, 0.5, 0.7], [0.5, 0.5, 0.7], [0.3, 0.3, 0.5]])
+    np.testing.assert_allclose(weights_N, [0.5, 0.5, 0], atol=1e-12)
+
+
+def test_nash_average_is_the_fixed_point_and_cannot_be_exploited():
+    rng = np.random.default_rng(4)
+    for size in (2, 3, 5, 8):
+        for deterministic in (False, True):
+            upper_NN = np.triu(rng.uniform(size=(size, size)), 1)
+            upper_NN = upper_NN.round() if deterministic else upper_NN
+            lower_NN = np.tril(1 - upper_NN.T, -1)
+            game_NN = upper_NN + lower_NN + 0.5 * np.eye(size)
+            weights_N = _equilibrium(game_NN)
+            payoff_N = game_NN @ weights_N / 1e-3
+            target_N = np.exp(payoff_N - payoff_N.max())
+            np.testing.assert_allclose(weights_N, target_N / target_N.sum(), atol=1e-9)
+            assert (game_NN @ weights_N).max() <= 0.5 + 1e-3 * np.log(size)
+
+
 def test_mistakes_are_refused():
     with pytest.raises(UserError, match="at least two"):
         tournament.win_rates({"a": [["x"]]}, _longer)
@@ -146,5 +195,7 @@ def test_mistakes_are_refused():
         tournament.win_rates(TEXTS, _longer, confidence=1.0)
     with pytest.raises(UserError, match="did you mean 'long'"):
         tournament.win_rates(TEXTS, _longer).interval("short", "lon")
+    with pytest.raises(UserError, match="tau"):
+        tournament.nash_average(_rates(np.full((2, 2), 0.5)), tau=0.0)
     with pytest.raises(AssertionError, match=r"\[0, 1\]"):
         tournament.win_rates(TEXTS, lambda first, second: np.full(4, np.nan))

@@ -182,24 +182,49 @@ def mean_win_rates(rates: WinRates) -> dict[str, float]:
     return dict(zip(rates.names, (totals_N / (size - 1)).tolist(), strict=True))
 
 
-def nash_average(rates: WinRates) -> dict[str, float]:
+def nash_average(rates: WinRates, *, tau: float = 1e-3) -> dict[str, float]:
     """Returns each policy's weight in the equilibrium of the game between policies.
 
-    The game's payoff is the mean win rate; a policy gets weight as far as the mixture
-    of all others does not beat it, and copies of one policy share its weight. Weights
-    are at least 0 and sum to one.
+    The game's payoff is the mean win rate. No mixture of the policies beats the
+    equilibrium by more than tau log N; among equilibria it is close to the one of
+    largest entropy, so policies that tie share their weight. Weights sum to one.
 
-    Source: Balduzzi et al. (2018), Re-evaluating evaluation, arXiv 1806.02643.
+        w = softmax(P w / tau)
+
+    Args:
+      rates: the tournament.
+      tau: strength of the entropy, in units of win rate, > 0.
+
+    Raises:
+      UserError: tau is not positive.
+
+    Source: Balduzzi et al. (2018), Re-evaluating evaluation, arXiv 1806.02643. Solved
+    by Newton's method while tau falls from 1: with S the covariance of w, the matrix
+    I - (P - 1/2) S / tau is never singular, as P - 1/2 is antisymmetric.
     """
-    from scipy.optimize import linprog
-
-    size = len(rates.names)
+    check_range("tau", tau, 0.0, low_open=True)
     margin_NN = rates.mean_NN - 0.5
-    found = linprog(
-        np.zeros(size),
-        A_ub=-margin_NN.T,
-        b_ub=np.full(size, 1e-12),
-        A_eq=np.ones((1, size)),
-        b_eq=[1.0],
-    )
-    return dict(zip(rates.names, found.x.tolist(), strict=True))
+    logits_N = np.zeros(len(margin_NN))
+    for level in np.geomspace(max(1.0, tau), tau, 60):
+        logits_N = _solve_equilibrium(margin_NN / level, logits_N)
+    return dict(zip(rates.names, _softmax(logits_N).tolist(), strict=True))
+
+
+def _softmax(logits_N: np.ndarray) -> np.ndarray:
+    weight_N = np.exp(logits_N - logits_N.max())
+    return weight_N / weight_N.sum()
+
+
+def _solve_equilibrium(payoff_NN: np.ndarray, logits_N: np.ndarray) -> np.ndarray:
+    """Returns logits = payoff @ softmax(logits), from a start that is not far."""
+    identity_NN = np.eye(len(logits_N))
+    for _ in range(200):
+        weight_N = _softmax(logits_N)
+        gap_N = payoff_NN @ weight_N - logits_N
+        covariance_NN = np.diag(weight_N) - np.outer(weight_N, weight_N)
+        step_N = np.linalg.solve(identity_NN - payoff_NN @ covariance_NN, gap_N)
+        # Far from the solution a full step can overshoot the softmax's curvature.
+        logits_N = logits_N + step_N / max(1.0, np.abs(step_N).max() / 2)
+        if np.abs(gap_N).max() < 1e-12 * (1 + np.abs(payoff_NN).max()):
+            break
+    return logits_N
