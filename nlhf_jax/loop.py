@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -23,18 +23,21 @@ class TrainingDiverged(RuntimeError):
     """A loss is not finite; nothing was saved after it became so."""
 
 
+@runtime_checkable
 class MetricSink(Protocol):
     """Takes one line of metrics: `write(step, {name: number})`."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
+@runtime_checkable
 class ProgressSink(Protocol):
     """Shows how far the run is: `update(step, {name: number})`."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
+@runtime_checkable
 class StateSink(Protocol):
     """Keeps states: `save(step, state, meta)`, and `wait()` until they are safe."""
 
@@ -131,10 +134,10 @@ class _Reporter:
         self._settings = settings
         self._writer, self._progress = writer, progress
         self._step_fn = step_fn
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
         self.clock = _Clock()
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports the step before this one, and keeps this one for later."""
         self.flush()
         self._pending = (step, metrics)

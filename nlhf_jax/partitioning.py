@@ -227,10 +227,27 @@ def state_shardings(state: PyTree, param_shardings: PyTree, params: PyTree) -> P
 class CompiledFunction:
     """A jitted function that runs under its mesh and counts its compilations."""
 
-    def __init__(self, fn: Callable[..., Any], mesh: Mesh, **jit_options: Any):
-        """Compiles nothing yet; `jit_options` go to `jax.jit`."""
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        mesh: Mesh,
+        *,
+        state_sharding: PyTree = None,
+        **jit_options: Any,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          fn: a pure function.
+          mesh: set while the function is traced and run.
+          state_sharding: where the first argument must lie; a state that is not on the
+            mesh yet is put there. Without that the first call would be compiled for
+            the state's old place, and the second call again for its new one.
+          jit_options: of `jax.jit`.
+        """
         self.mesh = mesh
         self.num_compilations = 0
+        self._state_sharding = state_sharding
 
         def counted(*args):
             # Runs once per trace, and every trace is compiled.
@@ -241,6 +258,8 @@ class CompiledFunction:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function; it compiles if shapes, dtypes or structure are new."""
+        if self._state_sharding is not None and not _is_on(self.mesh, args[0]):
+            args = (jax.device_put(args[0], self._state_sharding), *args[1:])
         with jax.set_mesh(self.mesh):
             return self._jitted(*args)
 
@@ -248,6 +267,11 @@ class CompiledFunction:
         """Returns the function lowered for concrete or abstract arguments."""
         with jax.set_mesh(self.mesh):
             return self._jitted.lower(*args)
+
+
+def _is_on(mesh: Mesh, tree: PyTree) -> bool:
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return all(getattr(sharding, "mesh", None) == mesh for sharding in shardings)
 
 
 def initialize(
@@ -279,6 +303,7 @@ def compile_step(
     return CompiledFunction(
         step_fn,
         mesh,
+        state_sharding=state_sharding,
         in_shardings=(state_sharding, *argument_shardings),
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: what is done when, resuming bit for bit, signals, divergence."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import supervised_toys as toys
+
+from nlhf_jax import loop, partitioning
+from nlhf_jax.checkpoints import Checkpointer, CheckpointError
+from nlhf_jax.metrics import MetricWriter
+from nlhf_jax.optimizers import make_optimizer
+from nlhf_jax.settings import LoopSettings, MeshSettings, OptimizerSettings
+from nlhf_jax.supervised_step import init_state, make_sft_evaluation, make_sft_step
+from nlhf_jax.types import POLICY
+
+
+class Recorder:
+    """Stands for writer, progress and checkpointer; keeps the calls in order."""
+
+    def __init__(self):
+        self.calls = []
+        self.states = {}
+
+    def write(self, step, metrics):
+        self.calls.append(("write", step, dict(metrics)))
+
+    def update(self, step, metrics):
+        self.calls.append(("update", step, dict(metrics)))
+
+    def save(self, step, state, meta):
+        self.calls.append(("save", step, dict(meta)))
+        self.states[step] = jax.device_get(state)
+
+    def wait(self):
+        self.calls.append(("wait", None, {}))
+
+    def steps(self, kind):
+        return [step for name, step, _ in self.calls if name == kind]
+
+
+def _count(state, batch, key):
+    """A step whose parameter and loss are the number of steps done."""
+    del batch, key
+    step = state.step + 1
+    metrics = {"loss/token_nll": step.astype(jnp.float32)}
+    return state._replace(step=step), metrics
+
+
+def _run(recorder, settings, step_fn=_count, state=None, **options):
+    if state is None:
+        state = init_state({"w": jnp.zeros(())}, make_optimizer(OptimizerSettings(), 1))
+    return loop.train_loop(
+        step_fn,
+        state,
+        options.pop("batches", lambda step: step),
+        settings=settings,
+        checkpointer=recorder,
+        writer=recorder,
+        progress=recorder,
+        key=jax.random.key(0),
+        **options,
+    )
+
+
+def _settings(**changes):
+    defaults = {
+        "train_steps": 7,
+        "batch_size": 4,
+        "log_period": 2,
+        "checkpoint_period": 3,
+        "eval_period": 4,
+    }
+    return LoopSettings(**(defaults | changes))
+
+
+def test_what_is_done_when():
+    recorder, asked = Recorder(), []
+
+    def batches(step):
+        asked.append(step)
+        return step
+
+    def evaluate(state):
+        return {"eval/kl": float(state.step)}
+
+    state = _run(
+        recorder, _settings(), batches=batches, evaluate=evaluate, meta={"seed": 3}
+    )
+    assert int(state.step) == 7
+    assert asked == list(range(7))
+    assert recorder.steps("update") == [1, 2, 3, 4, 5, 6, 7]
+    assert recorder.steps("save") == [3, 6, 7]
+    assert [m for name, _, m in recorder.calls if name == "save"] == [{"seed": 3}] * 3
+    lines = [(s, m) for name, s, m in recorder.calls if name == "write"]
+    trained = {s: m["loss/token_nll"] for s, m in lines if "loss/token_nll" in m}
+    assert trained == {2: 2.0, 4: 4.0, 6: 6.0, 7: 7.0}
+    evaluated = {s: m["eval/kl"] for s, m in lines if "eval/kl" in m}
+    assert evaluated == {4: 4.0, 7: 7.0}
+    assert recorder.calls[-1][0] == "wait"
+
+
+def test_everything_of_a_step_is_written_before_its_checkpoint():
+    recorder = Recorder()
+    settings = _settings(log_period=1, checkpoint_period=2, eval_period=2)
+    _run(recorder, settings, evaluate=lambda state: {"eval/kl": 0.0})
+    for index, (name, step, _) in enumerate(recorder.calls):
+        if name == "save":
+            before = [call[:2] for call in recorder.calls[:index]]
+            assert before.count(("write", step)) == 2
+            assert ("write", step + 1) not in before
+
+
+def test_the_saved_state_is_the_one_after_the_step():
+    recorder = Recorder()
+    _run(recorder, _settings())
+    assert {k: int(s.step) for k, s in recorder.states.items()} == {3: 3, 6: 6, 7: 7}
+
+
+def test_eval_period_zero_evaluates_at_the_end_only():
+    recorder = Recorder()
+    _run(recorder, _settings(eval_period=0), evaluate=lambda state: {"eval/kl": 1.0})
+    written = [s for name, s, m in recorder.calls if "eval/kl" in m]
+    assert written == [7]
+
+
+def test_a_finished_run_returns_at_once():
+    recorder = Recorder()
+    state = _run(recorder, _settings())
+    again = _run(recorder := Recorder(), _settings(), state=state)
+    assert again is state
+    assert recorder.calls == []
+
+
+class SlowMetric:
+    """A metric that tells when the host reads it."""
+
+    def __init__(self, events, step):
+        self.events, self.step = events, step
+
+    def __float__(self):
+        self.events.append(("read", self.step))
+        return 0.0
+
+
+def test_one_step_is_in_flight(monkeypatch):
+    # The metrics of step s are read after step s + 1 is dispatched, before s + 2 is.
+    events = []
+    monkeypatch.setattr(loop.jax, "device_get", lambda tree: tree)
+
+    def step_fn(state, batch, key):
+        del batch, key
+        step = int(state.step) + 1
+        events.append(("dispatch", step))
+        metrics = {"token/count": SlowMetric(events, step)}
+        return state._replace(step=jnp.asarray(step)), metrics
+
+    _run(Recorder(), _settings(train_steps=4, checkpoint_period=100), step_fn)
+    assert events == [
+        ("dispatch", 1),
+        ("dispatch", 2),
+        ("read", 1),
+        ("dispatch", 3),
+        ("read", 2),
+        ("dispatch", 4),
+        ("read", 3),
+        ("read", 4),
+    ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["loss/token_nll", "optimizer/gradient_norm"])
+def test_divergence_stops_before_saving(name, value):
+    recorder = Recorder()
+
+    def step_fn(state, batch, key):
+        state, _ = _count(state, batch, key)
+        return state, {name: jnp.where(state.step == 6, value, 1.0)}
+
+    with pytest.raises(loop.TrainingDiverged, match=rf"{name} is -?\w+ at step 6"):
+        _run(recorder, _settings(), step_fn)
+    assert recorder.steps("save") == [3]
+    assert recorder.calls[-1][0] == "wait"
+    # The line that shows it is on disk.
+    assert recorder.steps("write")[-1] == 6
+
+
+def test_other_metrics_may_be_infinite():
+    def step_fn(state, batch, key):
+        state, metrics = _count(state, batch, key)
+        return state, metrics | {"policy/kl": jnp.asarray(jnp.inf)}
+
+    assert int(_run(Recorder(), _settings(), step_fn).step) == 7
+
+
+def test_a_failed_last_checkpoint_is_raised():
+    recorder = Recorder()
+
+    def fail():
+        raise CheckpointError("disk full")
+
+    recorder.wait = fail
+    with pytest.raises(CheckpointError, match="disk full"):
+        _run(recorder, _settings())
+
+
+def test_the_loops_own_error_is_not_hidden_by_the_checkpointers():
+    recorder = Recorder()
+
+    def fail():
+        raise CheckpointError("disk full")
+
+    def batches(step):
+        raise KeyError(f"no batch {step}")
+
+    recorder.wait = fail
+    with pytest.raises(KeyError, match="no batch 0"):
+        _run(recorder, _settings(), batches=batches)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_this_step_and_returns(number):
+    recorder = Recorder()
+    before = signal.getsignal(number)
+
+    def batches(step):
+        if step == 4:
+            signal.raise_signal(number)
+        return step
+
+    evaluated = []
+    settings = _settings(eval_period=5)
+    state = _run(recorder, settings, batches=batches, evaluate=evaluated.append)
+    assert int(state.step) == 5
+    assert recorder.steps("save") == [3, 5]
+    assert recorder.steps("update") == [1, 2, 3, 4, 5]
+    assert evaluated == []
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_at_once():
+    def batches(step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return step
+
+    recorder = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        _run(recorder, _settings(), batches=batches)
+    assert recorder.steps("save") == []
+
+
+def test_speed_counts_tokens_and_leaves_pauses_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def step_fn(state, batch, key):
+        now[0] += 2.0
+        state, metrics = _count(state, batch, key)
+        return state, metrics | {"token/count": jnp.asarray(50.0)}
+
+    def evaluate(state):
+        del state
+        now[0] += 1000.0
+        return {"eval/kl": 0.0}
+
+    recorder = Recorder()
+    settings = _settings(train_steps=8, log_period=4, eval_period=2)
+    _run(recorder, settings, step_fn, evaluate=evaluate)
+    lines = {s: m for n, s, m in recorder.calls if "time/seconds_per_step" in m}
+    assert lines.keys() == {4, 8}
+    for line in lines.values():
+        assert line["time/seconds_per_step"] == pytest.approx(2.0)
+        assert line["time/tokens_per_second"] == pytest.approx(25.0)
+
+
+def _train(folder, train_steps):
+    """Trains the toy language model in `folder`, from its newest checkpoint."""
+    model = toys.toy_language_model(dropout_rate=0.3)
+    optimizer = make_optimizer(
+        OptimizerSettings(name="adamw", learning_rate=0.05, warmup_steps=2), 6
+    )
+    mesh = partitioning.make_mesh(MeshSettings())
+    step_fn = partitioning.compile_step(
+        make_sft_step(model, optimizer, num_microbatches=2),
+        mesh,
+        partitioning.replicated(mesh),
+    )
+    evaluate = jax.jit(make_sft_evaluation(model))
+    state = init_state(model.init(jax.random.key(1)), optimizer)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        latest = checkpointer.latest_step()
+        if latest is not None:
+            state = checkpointer.restore(latest, state)
+        writer = MetricWriter(folder, int(state.step), tensorboard=False)
+        state = loop.train_loop(
+            step_fn,
+            state,
+            lambda step: jax.device_get(toys.supervised_batch(step)),
+            settings=_settings(
+                train_steps=train_steps, log_period=1, checkpoint_period=100
+            ),
+            checkpointer=checkpointer,
+            writer=writer,
+            progress=Recorder(),
+            evaluate=lambda state: {
+                "eval/loss_token_nll": float(
+                    evaluate(state.param_sets[POLICY], toys.supervised_batch(99)).sums[
+                        "loss/token_nll"
+                    ]
+                )
+            },
+            key=jax.random.key(2),
+        )
+        writer.close()
+    return state
+
+
+def _lines(folder):
+    records = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in record.items() if not k.startswith("time/")}
+        for record in records
+    ]
+
+
+def _assert_identical(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)),
+        left,
+        right,
+    )
+
+
+def test_resuming_is_bit_identical(tmp_path):
+    straight = _train(tmp_path / "straight", 6)
+    assert int(_train(tmp_path / "resumed", 4).step) == 4
+    resumed = _train(tmp_path / "resumed", 6)
+    _assert_identical(straight, resumed)
+    lines = _lines(tmp_path / "straight")
+    assert lines == _lines(tmp_path / "resumed")
+    steps = [line["step"] for line in lines if "loss/token_nll" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert {line["compile/count"] for line in lines if "compile/count" in line} == {1.0}
+
+
+KILLED_RUN = """
+    import os, pathlib, signal, sys
+    sys.path.insert(0, sys.argv[2])
+    import loop_test, supervised_toys
+    make_batch = supervised_toys.supervised_batch
+
+    def batch_and_signal(seed):
+        if seed == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(seed)
+
+    supervised_toys.supervised_batch = batch_and_signal
+    state = loop_test._train(pathlib.Path(sys.argv[1]), 6)
+    print("stopped at", int(state.step))
+"""
+
+
+def test_a_terminated_process_resumes_bit_identical(tmp_path):
+    here = pathlib.Path(__file__).parent
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(KILLED_RUN),
+            str(tmp_path / "killed"),
+            str(here),
+        ],
+        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "stopped at 3" in run.stdout
+    assert len(_lines(tmp_path / "killed")) == 3
+    _assert_identical(_train(tmp_path / "killed", 6), _train(tmp_path / "whole", 6))
+    # The run of the whole evaluates at 4 and 6 as the killed one does.
+    assert _lines(tmp_path / "killed") == _lines(tmp_path / "whole")
