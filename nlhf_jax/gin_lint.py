@@ -39,7 +39,7 @@ def check(job: str, statements: Sequence[Statement], registry: Registry) -> None
         _check_macros_defined(statement, macros)
     for statement in bindings.values():
         _check_type(statement, macros, registry)
-    _check_read(job, macros, bindings, registry)
+    _check_read(job, statements, macros, bindings, registry)
     _check_required(job, macros, bindings, registry)
 
 
@@ -163,6 +163,7 @@ def _references(value: str, macros: Mapping[str, Statement]) -> list[str]:
 
 def _check_read(
     job: str,
+    statements: Sequence[Statement],
     macros: Mapping[str, Statement],
     bindings: Mapping[str, Statement],
     registry: Registry,
@@ -193,9 +194,11 @@ def _check_read(
                 f"{statement.place}: nothing in {job!r} has the scope {scope!r}"
                 f"{nearest(scope, scopes - {''})}"
             )
-    values = [s.value for s in (*macros.values(), *bindings.values())]
+    # A macro that only an overridden binding reads is no mistake of the user's.
     used = {
-        name for value in values for name in _MACRO.findall(_without_strings(value))
+        name
+        for statement in statements
+        for name in _MACRO.findall(_without_strings(statement.value))
     }
     for statement in macros.values():
         if statement.key not in used:

@@ -182,6 +182,7 @@ def _answer_all(
         max_decode_length=length,
         batch_size=batch_size,
     )
+    log_ratio = generation.LogRatio(reference.network, batch_size)
     answers = {}
     with Progress(len(policies), "answers") as bar:
         for index, (name, checkpoint) in enumerate(policies.items()):
@@ -194,13 +195,8 @@ def _answer_all(
                 )
             key = jax.random.fold_in(jax.random.key(seed), index)
             drawn = decode({POLICY: policy.params}, asked.prompts, key)
-            ratio_B = generation.sequence_log_ratios(
-                reference.network,
-                {POLICY: policy.params, REFERENCE: reference.params},
-                asked.prompts,
-                drawn.responses,
-                batch_size=batch_size,
-            )
+            param_sets = {POLICY: policy.params, REFERENCE: reference.params}
+            ratio_B = log_ratio(param_sets, asked.prompts, drawn.responses)
             answers[name] = _with_figures(drawn, ratio_B, asked, reference)
             bar.update(index + 1)
     return answers

@@ -3,7 +3,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from nlhf_jax.types import (
     Responses,
     Speaker,
 )
+
+Batch = TypeVar("Batch", PromptBatch, Responses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,9 @@ def batch_slices(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
         yield np.minimum(rows, num_rows - 1)
 
 
-def take(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
-    """Returns the given rows of a prompt batch."""
-    return PromptBatch(*(np.asarray(leaf)[rows] for leaf in prompts))
+def take(batch: Batch, rows: np.ndarray) -> Batch:
+    """Returns the given rows of prompts or responses, as device arrays."""
+    return type(batch)(*(jnp.asarray(np.asarray(leaf)[rows]) for leaf in batch))
 
 
 class Generator:
@@ -113,7 +116,7 @@ def _decode(model, param_sets, prompts, key, *, speaker, max_length) -> Response
         model,
         param_sets,
         (speaker,),
-        PromptBatch(*map(jnp.asarray, prompts)),
+        prompts,
         key,
         0,
         max_length=max_length,
@@ -121,48 +124,34 @@ def _decode(model, param_sets, prompts, key, *, speaker, max_length) -> Response
     return rollout.samples[0].responses
 
 
-def sequence_log_ratios(
-    model: LanguageModel,
-    param_sets: ParamSets,
-    prompts: PromptBatch,
-    responses: Responses,
-    *,
-    batch_size: int,
-) -> Float[np.ndarray, "N"]:
-    """Returns log pi(y|x) - log mu(y|x) in nats for N sampled responses.
+class LogRatio:
+    """log pi(y|x) - log mu(y|x) of whole responses, compiled once for one batch size.
 
     Over y ~ pi its mean estimates the sequence-level KL(pi, mu) without bias
     (Munos et al., 2024, arXiv 2312.00886, Appendix F.2).
     """
-    ratio = _log_ratio_fn(model)
-    num_rows = responses.tokens_BT.shape[0]
-    parts = []
-    for rows in batch_slices(num_rows, batch_size):
-        part = Responses(*(np.asarray(leaf)[rows] for leaf in responses))
-        parts.append(
-            ratio(param_sets[POLICY], param_sets[REFERENCE], take(prompts, rows), part)
-        )
-    return np.concatenate([np.asarray(part) for part in parts])[:num_rows]
 
+    def __init__(self, model: LanguageModel, batch_size: int):
+        def score(params, prompts, responses) -> Float[Array, "B"]:
+            logits_BTV = model.logits(params, prompts, responses.tokens_BT, None)
+            log_probs_BT = token_log_probs(logits_BTV, *responses)
+            return sequence_log_probs(log_probs_BT, responses.mask_BT)
 
-@functools.cache
-def _log_ratio_fn(model: LanguageModel):
-    # Cached per model: every policy of a tournament shares the compiled program.
-    def score(params, prompts, responses) -> Float[Array, "B"]:
-        prompts = PromptBatch(*map(jnp.asarray, prompts))
-        tokens_BT, mask_BT = map(jnp.asarray, responses)
-        logits_BTV = model.logits(params, prompts, tokens_BT, None)
-        log_probs_BT = token_log_probs(logits_BTV, tokens_BT, mask_BT)
-        return sequence_log_probs(log_probs_BT, mask_BT)
+        def ratio(params, reference, prompts, responses):
+            policy_B = score(params, prompts, responses)
+            return policy_B - score(reference, prompts, responses)
 
-    def ratio(params, reference, prompts, responses):
-        return score(params, prompts, responses) - score(reference, prompts, responses)
+        self._ratio = jax.jit(ratio)
+        self._batch_size = batch_size
 
-    return jax.jit(ratio)
-
-
-def encode_prompts(
-    texts: Sequence[str], vocabulary, length: int
-) -> tuple[PromptBatch, int]:
-    """Returns prompts padded to `length` and how many of them were truncated."""
-    return data_batches.prompt_batch(texts, vocabulary, length)
+    def __call__(
+        self, param_sets: ParamSets, prompts: PromptBatch, responses: Responses
+    ) -> Float[np.ndarray, "N"]:
+        """Returns the log-ratio of N responses in nats, float32."""
+        num_rows = responses.tokens_BT.shape[0]
+        parts = []
+        for rows in batch_slices(num_rows, self._batch_size):
+            batch = take(prompts, rows), take(responses, rows)
+            sets = param_sets[POLICY], param_sets[REFERENCE]
+            parts.append(np.asarray(self._ratio(*sets, *batch)))
+        return np.concatenate(parts)[:num_rows]

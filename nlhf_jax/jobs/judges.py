@@ -5,14 +5,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from nlhf_jax import checkpoints
 from nlhf_jax.data import vocabularies
 from nlhf_jax.jobs import folders
-from nlhf_jax.jobs.generation import batch_slices
+from nlhf_jax.jobs.generation import batch_slices, take
 from nlhf_jax.preferences import inputs, judges, pairwise, reward
 from nlhf_jax.types import (
     Judge,
@@ -68,10 +67,9 @@ class LoadedJudge:
         self, prompts: PromptBatch, first: Responses, second: Responses
     ) -> Float[np.ndarray, "B"]:
         """Returns P(first > second) in [0, 1] for host arrays, one compiled shape."""
-        arguments = (
-            type(batch)(*map(jnp.asarray, batch)) for batch in (prompts, first, second)
-        )
-        return np.asarray(self._compiled_preference(self.frozen, *arguments))
+        everything = np.arange(prompts.tokens_BS.shape[0])
+        batch = (take(part, everything) for part in (prompts, first, second))
+        return np.asarray(self._compiled_preference(self.frozen, *batch))
 
     def preferences_in_batches(
         self,
@@ -85,15 +83,11 @@ class LoadedJudge:
         num_rows = prompts.tokens_BS.shape[0]
         parts = [
             self.preferences(
-                *(_rows(batch, rows) for batch in (prompts, first, second))
+                *(take(batch, rows) for batch in (prompts, first, second))
             )
             for rows in batch_slices(num_rows, batch_size)
         ]
         return np.concatenate(parts)[:num_rows]
-
-
-def _rows(batch, rows):
-    return type(batch)(*(np.asarray(leaf)[rows] for leaf in batch))
 
 
 BUILDERS = {"preference": build_preference_model, "reward": build_reward_model}

@@ -132,19 +132,15 @@ def _held_out_comparison(
         max_decode_length=max_decode_length,
         batch_size=len(rows),
     )
+    log_ratio = generation.LogRatio(reference.network, len(rows))
     policy_key, reference_key = jax.random.split(jax.random.key(seed))
     baseline = decode({POLICY: reference.params}, prompts, reference_key).responses
 
     def compare(state: TrainState) -> dict[str, float]:
         params = state.param_sets[POLICY]
         responses = decode({POLICY: params}, prompts, policy_key).responses
-        ratio_B = generation.sequence_log_ratios(
-            reference.network,
-            {POLICY: params, REFERENCE: reference.params},
-            prompts,
-            responses,
-            batch_size=len(rows),
-        )
+        param_sets = {POLICY: params, REFERENCE: reference.params}
+        ratio_B = log_ratio(param_sets, prompts, responses)
         found = {
             "eval/kl": float(np.mean(ratio_B)),
             "eval/length": float(responses.mask_BT.sum(axis=1).mean()),
