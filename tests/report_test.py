@@ -136,7 +136,7 @@ def test_verdict_compares_nash_with_rlhf(strengths, words):
 @pytest.mark.parametrize(
     ("shift", "words"),
     [
-        (0.2, r"0\.(19|20|21) higher on average .* the model's own taste"),
+        (0.2, r"0\.(19|20|21) higher on average .* does not share all of the gain"),
         (0.0, r"agrees with the population on the gains over SFT to 0\.0"),
         (-0.2, r"0\.(19|20|21) lower on average"),
     ],

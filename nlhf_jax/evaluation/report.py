@@ -177,7 +177,7 @@ def policy_table(data: ReportData) -> tuple[list[str], list[dict[str, Any]]]:
         "Words",
         "Ended",
         "ROUGE-L",
-        "Copied pairs",
+        "Copied",
         "Distinct",
     ]
     rows = []

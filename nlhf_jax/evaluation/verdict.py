@@ -146,7 +146,7 @@ def _judges(population: WinRates, learned: WinRates | None, baseline: str) -> li
         return [
             "The learned preference model, which training used, sees win rates over "
             f"{baseline} {difference:.2f} higher on average than the population does: "
-            "that part of the gain is the model's own taste."
+            "the population does not share all of the gain it sees."
         ]
     return [
         "The learned preference model, which training used, sees win rates over "
