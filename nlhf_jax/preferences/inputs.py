@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from nlhf_jax.checks import UserError
 from nlhf_jax.types import PromptBatch, Responses
 
 Encode = Callable[[str], Sequence[int]]
-Segment = tuple[Int[Array, "B n"], Bool[Array, "B n"]]
+# Segments of one sequence differ in width, so the second axis has no name.
+Segment = tuple[Int[Array, "B _"], Bool[Array, "B _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +107,28 @@ def words(ids: Sequence[int], batch_size: int) -> Segment:
     return tokens_BN, jnp.ones(tokens_BN.shape, bool)
 
 
-def cut(
-    tokens_BN: Int[Array, "B N"], mask_BN: Bool[Array, "B N"], length: int, eos_id: int
-) -> Segment:
-    """Returns the first `length` columns without the end token."""
-    tokens_BN, mask_BN = tokens_BN[:, :length], mask_BN[:, :length]
+def cut(prompts: PromptBatch, length: int, eos_id: int) -> Segment:
+    """Returns the first `length` columns of the document, without the end token."""
+    tokens_BN, mask_BN = prompts.tokens_BS[:, :length], prompts.mask_BS[:, :length]
     return tokens_BN, mask_BN & (tokens_BN != eos_id)
+
+
+def whole(responses: Responses, length: int, eos_id: int) -> Segment:
+    """Returns the responses without the end token.
+
+    A judge that reads a part of a response would judge another response, so nothing is
+    cut off.
+
+    Raises:
+      UserError: they are wider than the `length` the judge was made for.
+    """
+    tokens_BT, mask_BT = responses
+    if tokens_BT.shape[1] > length:
+        raise UserError(
+            f"responses must have at most {length} tokens, the length this judge was "
+            f"trained with, got {tokens_BT.shape[1]}"
+        )
+    return tokens_BT, mask_BT & (tokens_BT != eos_id)
 
 
 def pairwise_input(
@@ -124,18 +142,20 @@ def pairwise_input(
 ) -> PromptBatch:
     """Returns the judge's input: instruction, document, both responses, answer slot.
 
-    The document keeps at most `prompt_length` tokens and each response
-    `response_length`; the sum of all parts is the static length, so a long document
-    never pushes a response out.
+    The document keeps at most `prompt_length` tokens, the responses keep all; the sum
+    of all parts is the static length, so a long document never pushes a response out.
+
+    Raises:
+      UserError: responses wider than `response_length`.
     """
     batch, eos = prompts.tokens_BS.shape[0], template.eos_id
     segments = (
         words(template.instruction, batch),
-        cut(*prompts, prompt_length, eos),
+        cut(prompts, prompt_length, eos),
         words(template.before_first, batch),
-        cut(*first, response_length, eos),
+        whole(first, response_length, eos),
         words(template.before_second, batch),
-        cut(*second, response_length, eos),
+        whole(second, response_length, eos),
         words((*template.end, eos), batch),
     )
     return PromptBatch(*concatenate(segments, _width(segments)))
@@ -149,13 +169,19 @@ def reward_input(
     prompt_length: int,
     response_length: int,
 ) -> PromptBatch:
-    """Returns the reward model's input: document and response, each with its label."""
+    """Returns the reward model's input: document and response, each with its label.
+
+    The lengths are those of `pairwise_input`.
+
+    Raises:
+      UserError: responses wider than `response_length`.
+    """
     batch, eos = prompts.tokens_BS.shape[0], template.eos_id
     segments = (
         words(template.context, batch),
-        cut(*prompts, prompt_length, eos),
+        cut(prompts, prompt_length, eos),
         words(template.before_response, batch),
-        cut(*responses, response_length, eos),
+        whole(responses, response_length, eos),
         words((eos,), batch),
     )
     return PromptBatch(*concatenate(segments, _width(segments)))

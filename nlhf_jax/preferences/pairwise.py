@@ -48,7 +48,7 @@ def pairwise_preference_model(
       settings: shape of the network.
       template: words around the document and the responses, as ids.
       prompt_length: tokens of the document that are read, at most.
-      response_length: tokens of each response that are read, at most.
+      response_length: tokens of each response, at most; wider ones raise a UserError.
     """
     network = t5_language_model(settings)
 
