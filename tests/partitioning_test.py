@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of rules, meshes, and the same numbers on one and on eight devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from nlhf_jax import partitioning
+from nlhf_jax.checks import UserError
+from nlhf_jax.settings import MeshSettings
+from nlhf_jax.supervised_step import init_state
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What `partitioning_worker.py` found on eight fake devices."""
+    path = tmp_path_factory.mktemp("eight") / "found.json"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "NPROC": "16",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+    }
+    run = subprocess.run(
+        [sys.executable, str(HERE / "partitioning_worker.py"), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(path.read_text())
+    assert found["num_devices"] == 8
+    return found
+
+
+MESHES = ["data", "fsdp", "tensor", "microbatches"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_and_eight_devices_give_the_same_numbers(eight, mesh):
+    # Sums run in another order: the last digits of float32 may differ.
+    np.testing.assert_allclose(eight[mesh]["losses"], eight["one"]["losses"], rtol=1e-5)
+    for name in ("embed", "out"):
+        np.testing.assert_allclose(
+            eight[mesh]["params"]["params"][name],
+            eight["one"]["params"]["params"][name],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_adafactor_on_eight_devices(eight):
+    np.testing.assert_allclose(
+        eight["tensor_adafactor"]["losses"],
+        eight["one_adafactor"]["losses"],
+        rtol=1e-5,
+    )
+
+
+def test_the_loss_falls(eight):
+    first, *_, last = eight["one"]["losses"]
+    assert last < first
+
+
+@pytest.mark.parametrize("mesh", ["one", *MESHES])
+def test_compiles_once_keeps_its_place_and_donates(eight, mesh):
+    found = eight[mesh]
+    assert found["compilations"] == 1
+    assert found["keeps_sharding"]
+    assert found["donated"]
+
+
+@pytest.mark.parametrize("mesh", ["one", "tensor", "microbatches"])
+def test_constraints_are_in_the_trace(eight, mesh):
+    # One on the logits going forward, and its transpose going back.
+    assert eight[mesh]["constraints"] == 2
+
+
+def test_parameters_are_split_as_the_table_says(eight):
+    # embed is [12, 8] with axes (vocab, embed).
+    assert eight["one"]["embed_shards"] == ["(12, 8)"]
+    assert eight["data"]["embed_shards"] == ["(12, 8)"]
+    assert eight["fsdp"]["embed_shards"] == ["(12, 2)"]
+    assert eight["tensor"]["embed_shards"] == ["(6, 4)"]
+
+
+def test_errors_name_sizes_that_would_do(eight):
+    errors = eight["errors"]
+    assert errors["product"] == (
+        "mesh data=3 x fsdp=2 x tensor=1 must use all 8 devices; "
+        "each size must be one of [1, 2, 4, 8], and their product 8"
+    )
+    assert "fsdp=3" in errors["rest"]
+    assert errors["batch"] == (
+        "batch_size must be divisible by 4 (mesh data=2 x fsdp=2, "
+        "num_microbatches=1), got 10; 8 or 12 would do"
+    )
+    assert errors["small_batch"].endswith("got 3; 4 would do")
+    assert errors["microbatches"].endswith("got 20; 16 or 24 would do")
+    assert errors["good_batch"] == ""
+    assert errors["parameter"] == (
+        "axis 'mlp' of wo has size 5, which the mesh's tensor=2 does not divide; "
+        "sizes that do: [1, 5]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("logical_axes", "spec"),
+    [
+        ((), P()),
+        (("embed",), P("fsdp")),
+        (("vocab", "embed"), P("tensor", "fsdp")),
+        (("embed", "mlp"), P("fsdp", "tensor")),
+        (("layers", "embed", "joined_kv"), P(None, "fsdp", "tensor")),
+        (("heads", "relpos_buckets"), P("tensor", None)),
+        # The batch has taken fsdp: embed falls back to its second rule.
+        (("batch", "length", "embed"), P(("data", "fsdp"), None, None)),
+        (("batch", "length", "heads", "kv"), P(("data", "fsdp"), None, "tensor", None)),
+        (("embed", "embed"), P("fsdp", None)),
+        ((None, "mlp"), P(None, "tensor")),
+    ],
+)
+def test_resolution(logical_axes, spec):
+    assert partitioning.resolve(logical_axes) == spec
+
+
+def test_order_of_the_rules_decides_not_the_order_of_the_axes():
+    rules = (("b", "data"), ("a", "data"), ("a", "tensor"), ("b", None))
+    assert partitioning.resolve(("a", "b"), rules) == P("tensor", "data")
+
+
+def test_collisions_name_both_sides():
+    with pytest.raises(
+        UserError,
+        match=r"axes 'vocab' and 'mlp' of .* both want mesh axis 'tensor'; add the rule"
+        r" \('mlp', None\)",
+    ):
+        partitioning.resolve(("mlp", "vocab"))
+    with pytest.raises(UserError, match="'heads' and 'heads' of"):
+        partitioning.resolve(("heads", "heads"))
+
+
+def test_unknown_axis_names_the_nearest():
+    with pytest.raises(UserError, match=r"'embeds' in .*did you mean 'embed'"):
+        partitioning.resolve(("embeds",))
+
+
+def test_rank_must_match():
+    mesh = partitioning.make_mesh(MeshSettings())
+    with pytest.raises(UserError, match=r"w has shape \(3,\) but logical axes"):
+        partitioning.shardings_for({"w": ("embed", "mlp")}, {"w": jnp.zeros(3)}, mesh)
+
+
+def test_mesh_has_auto_axes():
+    mesh = partitioning.make_mesh(MeshSettings())
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_mesh_settings_check_themselves():
+    with pytest.raises(UserError, match="mesh fsdp must be an integer of at least 1"):
+        MeshSettings(fsdp=0)
+    with pytest.raises(UserError, match="at most one mesh size may be -1"):
+        MeshSettings(data=-1, tensor=-1)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.adafactor(0.1)])
+def test_optimiser_state_follows_the_parameters(optimizer):
+    # 200 x 300 is factored by Adafactor: its row and column moments have other shapes.
+    mesh = partitioning.make_mesh(MeshSettings())
+    params = {"a": {"wi": jnp.zeros((200, 300))}, "scale": jnp.zeros(5)}
+    axes = {"a": {"wi": ("embed", "mlp")}, "scale": ("embed",)}
+    state = init_state(params, optimizer)
+    state = state._replace(param_sets={**state.param_sets, "ema": params})
+    lie = partitioning.shardings_for(axes, params, mesh)
+    found = partitioning.state_shardings(state, lie, params)
+    for state_leaf, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(found), strict=True
+    ):
+        expected = {
+            (200, 300): P("fsdp", "tensor"),
+            (5,): P("fsdp"),
+        }.get(state_leaf.shape, P())
+        assert sharding.spec == expected
+    for param_set in found.param_sets.values():
+        assert param_set == lie
+
+
+def test_equal_shapes_do_not_mix_up_parameters():
+    mesh = partitioning.make_mesh(MeshSettings())
+    params = {"a": {"w": jnp.zeros((4, 4))}, "b": {"w": jnp.zeros((4, 4))}}
+    axes = {"a": {"w": ("embed", "mlp")}, "b": {"w": ("mlp", "embed")}}
+    lie = partitioning.shardings_for(axes, params, mesh)
+    found = partitioning.state_shardings(
+        init_state(params, optax.adam(0.1)), lie, params
+    )
+    assert found.opt_state[0].mu == lie
+    assert found.opt_state[0].nu["b"]["w"].spec == P("tensor", "fsdp")
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    array = jnp.ones((2, 3))
+    assert partitioning.constrain(array, ("batch", "embed")) is array
+    mesh = partitioning.make_mesh(MeshSettings())
+
+    def constrained(x):
+        return partitioning.constrain(x, ("batch", "embed")) * 2
+
+    assert "sharding_constraint" not in str(jax.make_jaxpr(constrained)(array))
+    assert partitioning.count_constraints(constrained, mesh, array) == 1
+
+
+def test_compilations_are_counted():
+    mesh = partitioning.make_mesh(MeshSettings())
+    double = partitioning.CompiledFunction(lambda x: x * 2, mesh)
+    assert double.num_compilations == 0
+    for size in (2, 2, 3, 2):
+        np.testing.assert_array_equal(double(jnp.ones(size)), 2 * np.ones(size))
+    assert double.num_compilations == 2
+
+
+def test_a_state_from_elsewhere_is_compiled_once():
+    mesh = partitioning.make_mesh(MeshSettings())
+    whole = partitioning.replicated(mesh)
+    step = partitioning.compile_step(lambda s, b, k: (s + b.sum(), {}), mesh, whole)
+    state = jnp.zeros(3)
+    for _ in range(3):
+        state, _ = step(state, np.ones(2, np.float32), jax.random.key(0))
+    np.testing.assert_array_equal(state, np.full(3, 6.0))
+    assert step.num_compilations == 1
+
+
+def test_lowering_needs_no_arrays():
+    mesh = partitioning.make_mesh(MeshSettings())
+    whole = partitioning.replicated(mesh)
+    step = partitioning.compile_step(lambda s, b, k: (s + b.sum(), {}), mesh, whole)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = jax.ShapeDtypeStruct((3,), jnp.float32)
+    assert "func" in step.lower(abstract, abstract, key).as_text()
