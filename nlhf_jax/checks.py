@@ -33,13 +33,13 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> str:
 
 def check_range(
     name: str,
-    value: float,
-    low: float = -math.inf,
-    high: float = math.inf,
+    value: float | int,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
     *,
     low_open: bool = False,
     high_open: bool = False,
-) -> float:
+) -> float | int:
     """Returns `value` if it is a number in the interval from `low` to `high`.
 
     Raises:
