@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: what is done when, resuming bit for bit, signals, divergence."""
 
+import functools
 import json
 import os
 import pathlib
@@ -283,8 +284,8 @@ def test_speed_counts_tokens_and_leaves_pauses_out(monkeypatch):
         assert line["time/tokens_per_second"] == pytest.approx(25.0)
 
 
-def _train(folder, train_steps):
-    """Trains the toy language model in `folder`, from its newest checkpoint."""
+@functools.cache
+def _compiled():
     model = toys.toy_language_model(dropout_rate=0.3)
     optimizer = make_optimizer(
         OptimizerSettings(name="adamw", learning_rate=0.05, warmup_steps=2), 6
@@ -295,7 +296,12 @@ def _train(folder, train_steps):
         mesh,
         partitioning.replicated(mesh),
     )
-    evaluate = jax.jit(make_sft_evaluation(model))
+    return model, optimizer, step_fn, jax.jit(make_sft_evaluation(model))
+
+
+def _train(folder, train_steps):
+    """Trains the toy language model in `folder`, from its newest checkpoint."""
+    model, optimizer, step_fn, evaluate = _compiled()
     state = init_state(model.init(jax.random.key(1)), optimizer)
     with Checkpointer(folder / "checkpoints") as checkpointer:
         latest = checkpointer.latest_step()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses and metrics of the supervised steps against plain numpy; microbatches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,11 +43,13 @@ def _sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
 
 
+@functools.cache
 def _first(task, **options):
+    """Returns the task's model, first state, compiled step and a batch."""
     make_model, make_step, make_batch = TASKS[task]
     model = make_model()
     state = init_state(model.init(jax.random.key(0)), SGD)
-    return model, state, make_step(model, SGD, **options), make_batch(1)
+    return model, state, jax.jit(make_step(model, SGD, **options)), make_batch(1)
 
 
 def _assert_trees_close(left, right, **tolerance):
@@ -89,7 +93,7 @@ def test_microbatches_change_nothing(task, parts):
     _, _, split_fn, _ = _first(task, num_microbatches=parts)
     key = jax.random.key(0)
     (whole, whole_metrics), (split, split_metrics) = (
-        jax.jit(fn)(state, batch, key) for fn in (step_fn, split_fn)
+        fn(state, batch, key) for fn in (step_fn, split_fn)
     )
     _assert_trees_close(whole.param_sets, split.param_sets, atol=1e-6, rtol=1e-6)
     assert whole_metrics.keys() == split_metrics.keys()
@@ -191,7 +195,7 @@ def test_soft_labels_are_the_minimum_of_the_loss():
     params = model.init(jax.random.key(1))
     logit_B = model.logits(params, batch.prompts, batch.first, batch.second)
     batch = batch._replace(preference_B=jax.nn.sigmoid(logit_B))
-    step_fn = make_preference_step(model, SGD)
+    step_fn = jax.jit(make_preference_step(model, SGD))
     _, metrics = step_fn(init_state(params, SGD), batch, jax.random.key(0))
     assert float(metrics["optimizer/gradient_norm"]) < 1e-6
     off = batch._replace(preference_B=batch.preference_B * 0.5)
@@ -232,20 +236,18 @@ def test_reward_metrics_by_hand():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation_over_batches_equals_one_batch(task):
-    make_model, make_step, make_batch = TASKS[task]
-    model = make_model()
-    params = model.init(jax.random.key(0))
-    batch = make_batch(5, rows=6)
+    model, state, step_fn, _ = _first(task)
+    params = state.param_sets[POLICY]
+    batch = TASKS[task][2](5, rows=6)
     parts = [
         jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
         for rows in (slice(0, 1), slice(1, 6))
     ]
-    evaluate = EVALUATIONS[task](model)
+    evaluate = jax.jit(EVALUATIONS[task](model))
     whole = mean_metrics([evaluate(params, batch)])
     by_parts = mean_metrics([evaluate(params, part) for part in parts])
     assert whole == pytest.approx(by_parts, rel=1e-5)
-    state = init_state(params, SGD)
-    _, metrics = make_step(model, SGD)(state, batch, jax.random.key(0))
+    _, metrics = step_fn(state, batch, jax.random.key(0))
     for name, value in whole.items():
         assert value == pytest.approx(float(metrics[name]), rel=1e-5), name
 
@@ -257,7 +259,7 @@ def test_no_batches_give_no_metrics():
 def test_dropout_follows_the_step_and_the_key():
     model = toys.toy_language_model(dropout_rate=0.5)
     state = init_state(model.init(jax.random.key(0)), SGD)
-    step_fn = make_sft_step(model, SGD)
+    step_fn = jax.jit(make_sft_step(model, SGD))
     batch = toys.supervised_batch(1)
 
     def loss(state, seed):
@@ -304,7 +306,7 @@ def test_other_parameter_sets_and_dtypes_stay():
     _, state, step_fn, batch = _first("sft")
     extra = jax.tree.map(jnp.copy, state.param_sets[POLICY])
     state = state._replace(param_sets={**state.param_sets, "ema": extra})
-    new_state, _ = jax.jit(step_fn)(state, batch, jax.random.key(0))
+    new_state, _ = step_fn(state, batch, jax.random.key(0))
     _assert_trees_close(new_state.param_sets["ema"], extra, rtol=0, atol=0)
     before, after = (jax.tree.map(lambda x: x.dtype, s) for s in (state, new_state))
     assert before == after
