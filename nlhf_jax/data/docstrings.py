@@ -3,7 +3,8 @@
 
 A pair's prompt is a definition's dotted name, its parameters and the prose of its
 docstring; the target is the docstring's summary line. Source files are read with
-`ast` and never imported. `python -m nlhf_jax.data.docstrings` prints the counts.
+`ast` and never imported. `python -m nlhf_jax.data.docstrings [LOCK_FILE]` prints
+the counts.
 """
 
 import ast
@@ -322,9 +323,9 @@ def split_pairs(
     }
 
 
-def main() -> None:
+def main(lock_file: str = "") -> None:
     """Prints what the environment's source gives, one `name: number` a line."""
-    corpus = read_corpus(list_files())
+    corpus = read_corpus(list_files(lock_file))
     for name, number in sorted(corpus.counts.items()):
         print(f"{name}: {number}")
     for split, pairs in split_pairs(corpus.pairs, corpus.signatures).items():
@@ -333,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

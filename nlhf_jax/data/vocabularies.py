@@ -134,4 +134,4 @@ def decode(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> str:
     ids = [int(i) for i in ids]
     if vocabulary.eos_id in ids:
         ids = ids[: ids.index(vocabulary.eos_id)]
-    return vocabulary.decode([i for i in ids if i != 0])
+    return vocabulary.decode(ids)
