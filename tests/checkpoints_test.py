@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import supervised_toys as toys
 
 from nlhf_jax import checkpoints
 from nlhf_jax.checkpoints import (
@@ -25,6 +24,7 @@ from nlhf_jax.checks import UserError
 from nlhf_jax.parameter_files import read_params_metadata
 from nlhf_jax.supervised_step import init_state
 from nlhf_jax.types import POLICY
+from tests import supervised_toys as toys
 
 # When a restore fails, orbax leaves coroutines of a closed event loop behind.
 pytestmark = pytest.mark.filterwarnings(

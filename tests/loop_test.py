@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import supervised_toys as toys
 
 from nlhf_jax import loop, partitioning
 from nlhf_jax.checkpoints import Checkpointer, CheckpointError
@@ -23,6 +22,7 @@ from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.settings import LoopSettings, MeshSettings, OptimizerSettings
 from nlhf_jax.supervised_step import init_state, make_sft_evaluation, make_sft_step
 from nlhf_jax.types import POLICY
+from tests import supervised_toys as toys
 
 
 class Recorder:
@@ -362,8 +362,7 @@ def test_resuming_is_bit_identical(tmp_path):
 
 KILLED_RUN = """
     import os, pathlib, signal, sys
-    sys.path.insert(0, sys.argv[2])
-    import loop_test, supervised_toys
+    from tests import loop_test, supervised_toys
     make_batch = supervised_toys.supervised_batch
 
     def batch_and_signal(seed):
@@ -378,16 +377,15 @@ KILLED_RUN = """
 
 
 def test_a_terminated_process_resumes_bit_identical(tmp_path):
-    here = pathlib.Path(__file__).parent
+    root = pathlib.Path(__file__).parent.parent
     run = subprocess.run(
         [
             sys.executable,
             "-c",
             textwrap.dedent(KILLED_RUN),
             str(tmp_path / "killed"),
-            str(here),
         ],
-        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=120,

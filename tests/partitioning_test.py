@@ -32,7 +32,7 @@ def eight(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "NPROC": "16",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+        "PYTHONPATH": str(HERE.parent),
     }
     run = subprocess.run(
         [sys.executable, str(HERE / "partitioning_worker.py"), str(path)],
@@ -97,6 +97,12 @@ def test_parameters_are_split_as_the_table_says(eight):
     assert eight["data"]["embed_shards"] == ["(12, 8)"]
     assert eight["fsdp"]["embed_shards"] == ["(12, 2)"]
     assert eight["tensor"]["embed_shards"] == ["(6, 4)"]
+
+
+def test_rows_are_split_over_data_and_fsdp():
+    mesh = partitioning.make_mesh(MeshSettings())
+    assert partitioning.batch_sharding(mesh).spec == P(("data", "fsdp"))
+    assert partitioning.replicated(mesh).spec == P()
 
 
 def test_errors_name_sizes_that_would_do(eight):

@@ -7,7 +7,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import supervised_toys as toys
 
 from nlhf_jax import partitioning
 from nlhf_jax.checks import UserError
@@ -15,6 +14,7 @@ from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.settings import MeshSettings, OptimizerSettings
 from nlhf_jax.supervised_step import init_state, make_sft_step
 from nlhf_jax.types import POLICY
+from tests import supervised_toys as toys
 
 STEPS = 3
 

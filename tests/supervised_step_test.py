@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import supervised_toys as toys
 
 from nlhf_jax.supervised_step import (
     init_state,
@@ -21,6 +20,7 @@ from nlhf_jax.supervised_step import (
     mean_metrics,
 )
 from nlhf_jax.types import POLICY
+from tests import supervised_toys as toys
 
 SGD = optax.sgd(1.0)
 TASKS = {
