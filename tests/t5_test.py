@@ -24,33 +24,35 @@ T5_1_1 = T5Settings(
     num_decoder_layers=2,
 )
 T5_1_0 = T5Settings(61, 8, 2, 3, 10, 2, 1, ("relu",), logits_via_embedding=True)
+DROPPING = T5Settings(64, 64, 2, 3, 10, 1, 1, ("relu",), False, dropout_rate=0.5)
 VERSIONS = pytest.mark.parametrize("settings", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
 BATCH, PROMPT, LENGTH = 3, 7, 5
 
 
 @functools.cache
 def _initialised(settings: T5Settings):
-    """Returns the model and parameters whose norms are not all ones."""
-    model = t5_language_model(settings)
-    params = jax.jit(model.init)(jax.random.key(0))
+    """Returns the model and random parameters, whose norms are not all ones."""
+    model, rng = t5_language_model(settings), np.random.default_rng(0)
 
-    def spread(path, leaf):
-        if path[-1].key != "scale":
-            return leaf
-        return leaf * jnp.linspace(0.5, 1.5, leaf.size)
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.linspace(0.5, 1.5, leaf.size)
+        stddev = leaf.shape[0] ** -0.5 if path[-1].key == "kernel" else 1.0
+        return jnp.asarray(rng.normal(0.0, stddev, leaf.shape), jnp.float32)
 
-    return model, jax.tree_util.tree_map_with_path(spread, params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def _prompts(seed: int = 1) -> PromptBatch:
-    tokens_BS = jax.random.randint(jax.random.key(seed), (BATCH, PROMPT), 2, 61)
-    lengths_B1 = jnp.array([[7], [4], [1]])
-    mask_BS = jnp.arange(PROMPT)[None, :] < lengths_B1
+def _prompts(width: int = PROMPT) -> PromptBatch:
+    tokens_BS = jax.random.randint(jax.random.key(1), (BATCH, width), 2, 61)
+    lengths_B1 = jnp.array([[width], [4], [1]])
+    mask_BS = jnp.arange(width)[None, :] < lengths_B1
     return PromptBatch(jnp.where(mask_BS, tokens_BS, 0), mask_BS)
 
 
-def _responses(seed: int = 2):
-    return jax.random.randint(jax.random.key(seed), (BATCH, LENGTH), 2, 61)
+def _responses(seed: int = 2, length: int = LENGTH):
+    return jax.random.randint(jax.random.key(seed), (BATCH, length), 2, 61)
 
 
 # A forward pass in plain numpy, one example at a time, float64.
@@ -144,8 +146,9 @@ def _numpy_logits(params, settings, prompt, response):
 
 @VERSIONS
 def test_logits_equal_a_plain_numpy_forward(settings):
+    """With distances beyond the buckets that hold one distance each."""
     model, params = _initialised(settings)
-    prompts, tokens_BT = _prompts(), _responses()
+    prompts, tokens_BT = _prompts(width=20), _responses(length=24)
     logits_BTV = jax.jit(model.logits)(params, prompts, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
     for row in range(BATCH):
@@ -173,15 +176,16 @@ def test_relative_buckets_equal_the_integer_formula(bidirectional):
 
 
 def test_rms_norm_is_computed_in_float32():
-    """The squares of 300 and of 3e-3 have no place in the same bfloat16 sum."""
+    """So that its result is off by its last rounding alone: 2^-8, half a unit."""
     norm = layers.RMSNorm("bfloat16")
-    x_1D = jnp.array([[300.0, 1.0, 3e-3, -2.0]], jnp.bfloat16)
-    scale_D = jnp.array([1.0, 2.0, 3.0, 0.5])
-    y_1D = norm.apply({"params": {"scale": scale_D}}, x_1D)
-    assert y_1D.dtype == jnp.bfloat16
-    expected_1D = _numpy_norm(np.asarray(x_1D, np.float64), np.asarray(scale_D))
-    # One rounding to 8 bits of mantissa at the end: relative error 2^-9 at most.
-    np.testing.assert_allclose(np.asarray(y_1D, np.float64), expected_1D, rtol=2**-8)
+    x_BD = jax.random.normal(jax.random.key(0), (20, 50), jnp.bfloat16) * 30
+    scale_D = jnp.linspace(0.3, 3.0, 50)
+    y_BD = norm.apply({"params": {"scale": scale_D}}, x_BD)
+    assert y_BD.dtype == jnp.bfloat16
+    expected_BD = _numpy_norm(np.asarray(x_BD, np.float64), np.asarray(scale_D))
+    np.testing.assert_allclose(
+        np.asarray(y_BD, np.float64), expected_BD, rtol=2**-8 * 1.001
+    )
 
 
 def _expected_parameters(s: T5Settings) -> dict:
@@ -401,9 +405,8 @@ def test_causality_as_a_zero_gradient():
 
 def test_no_key_means_no_dropout_and_a_key_draws():
     """Without a key, or at rate 0, the network has no random number in it."""
-    settings = T5Settings(61, 8, 2, 3, 10, 1, 1, dropout_rate=0.5)
-    model, params = _initialised(settings)
-    rate_0 = t5_language_model(T5Settings(61, 8, 2, 3, 10, 1, 1))
+    model, params = _initialised(DROPPING)
+    rate_0 = t5_language_model(T5Settings(**{**vars(DROPPING), "dropout_rate": 0.0}))
     prompts, tokens_BT = _prompts(), _responses()
     key, other = jax.random.split(jax.random.key(1))
 
@@ -431,13 +434,12 @@ def test_dropout_of_the_output_zeroes_and_rescales():
 
     Of its D entries each is 0 or 2, as often as the others: the rate is 1/2.
     """
-    settings = T5Settings(61, 64, 2, 3, 10, 1, 1, ("relu",), False, dropout_rate=0.5)
-    model, params = _initialised(settings)
+    model, params = _initialised(DROPPING)
     params = jax.tree.map(jnp.zeros_like, params)
-    params["token_embedder"]["embedding"] = jnp.ones((61, 64))
+    params["token_embedder"]["embedding"] = jnp.ones((64, 64))
     params["decoder"]["decoder_norm"]["scale"] = jnp.ones(64)
-    # Logit v is the v-th entry of the decoder's output.
-    params["decoder"]["logits_dense"]["kernel"] = jnp.eye(64, 61)
+    # Logit v is entry v of the decoder's output.
+    params["decoder"]["logits_dense"]["kernel"] = jnp.eye(64)
     logits_BTV = jax.jit(model.logits)(
         params, _prompts(), _responses(), jax.random.key(5)
     )
@@ -445,13 +447,15 @@ def test_dropout_of_the_output_zeroes_and_rescales():
     # One mask for all positions of a row, another for each row.
     assert np.array_equal(values_BTV == 0, np.repeat(values_BTV[:, :1] == 0, 5, axis=1))
     assert not np.array_equal(values_BTV[0], values_BTV[1])
-    # The embedding's own dropout (0 or 2, kept with 1/2) is normalised away to a
-    # common value a row; the output's doubles what it keeps: a quarter is left.
+    # Dropped as embedding and again as output: a quarter is left.
     share = (values_BTV[:, 0] != 0).mean()
-    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / (3 * 61))
-    for row_TV in values_BTV:
-        kept = row_TV[row_TV != 0]
+    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / (3 * 64))
+    for row_V in values_BTV[:, 0]:
+        kept = row_V[row_V != 0]
         np.testing.assert_allclose(kept, kept[0], rtol=1e-5)
+        # Mean square 1 after the norm; the output's dropout follows it and doubles
+        # half of the entries, which makes it 2 on average.
+        assert abs((row_V**2).mean() - 2) < 0.7
 
 
 @VERSIONS
