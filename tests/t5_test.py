@@ -13,147 +13,34 @@ from nlhf_jax.models import layers
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.settings import T5Settings
 from nlhf_jax.types import PromptBatch
-
-T5_1_1 = T5Settings(
-    vocab_size=61,
-    emb_dim=8,
-    num_heads=2,
-    head_dim=3,
-    mlp_dim=10,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
+from tests.t5_toys import (
+    BATCH,
+    DROPPING,
+    LENGTH,
+    PROMPT,
+    T5_1_0,
+    T5_1_1,
+    initialised,
+    integer_bucket,
+    numpy_logits,
+    numpy_norm,
+    random_prompts,
+    random_responses,
 )
-T5_1_0 = T5Settings(61, 8, 2, 3, 10, 2, 1, ("relu",), logits_via_embedding=True)
-DROPPING = T5Settings(64, 64, 2, 3, 10, 1, 1, ("relu",), False, dropout_rate=0.5)
+
 VERSIONS = pytest.mark.parametrize("settings", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
-BATCH, PROMPT, LENGTH = 3, 7, 5
-
-
-@functools.cache
-def _initialised(settings: T5Settings):
-    """Returns the model and random parameters, whose norms are not all ones."""
-    model, rng = t5_language_model(settings), np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-1].key == "scale":
-            return jnp.linspace(0.5, 1.5, leaf.size)
-        stddev = leaf.shape[0] ** -0.5 if path[-1].key == "kernel" else 1.0
-        return jnp.asarray(rng.normal(0.0, stddev, leaf.shape), jnp.float32)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def _prompts(width: int = PROMPT) -> PromptBatch:
-    tokens_BS = jax.random.randint(jax.random.key(1), (BATCH, width), 2, 61)
-    lengths_B1 = jnp.array([[width], [4], [1]])
-    mask_BS = jnp.arange(width)[None, :] < lengths_B1
-    return PromptBatch(jnp.where(mask_BS, tokens_BS, 0), mask_BS)
-
-
-def _responses(seed: int = 2, length: int = LENGTH):
-    return jax.random.randint(jax.random.key(seed), (BATCH, length), 2, 61)
-
-
-# A forward pass in plain numpy, one example at a time, float64.
-
-
-def _integer_bucket(offset: int, bidirectional: bool) -> int:
-    """The bucket by integer comparisons: no logarithm, so no rounding.
-
-    Beyond `exact` distances, distance d has bucket exact + n for the largest n with
-    d / exact >= (128 / exact)^(n / exact), here raised to the power `exact`.
-    """
-    first, exact, distance = 0, 16, max(-offset, 0)
-    if bidirectional:
-        first, exact, distance = (16 if offset > 0 else 0), 8, abs(offset)
-    if distance < exact:
-        return first + distance
-    steps = [
-        n for n in range(exact) if distance**exact >= exact**exact * (128 // exact) ** n
-    ]
-    return first + exact + steps[-1]
-
-
-def _numpy_norm(x, scale):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def _numpy_attention(p, x, memory, bias, heads):
-    def split(y):
-        return y.reshape(len(y), heads, -1).transpose(1, 0, 2)
-
-    q, k, v = (
-        split(source @ p[name]["kernel"])
-        for source, name in ((x, "query"), (memory, "key"), (memory, "value"))
-    )
-    weights = np.exp(q @ k.transpose(0, 2, 1) + bias)
-    weights /= weights.sum(-1, keepdims=True)
-    return (weights @ v).transpose(1, 0, 2).reshape(len(x), -1) @ p["out"]["kernel"]
-
-
-def _numpy_mlp(p, x):
-    def gelu(y):
-        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-
-    if "wi" in p:
-        hidden = np.maximum(x @ p["wi"]["kernel"], 0)
-    else:
-        hidden = gelu(x @ p["wi_0"]["kernel"]) * (x @ p["wi_1"]["kernel"])
-    return hidden @ p["wo"]["kernel"]
-
-
-def _numpy_bias(table, num_queries, num_keys, bidirectional):
-    buckets = [
-        [_integer_bucket(key - query, bidirectional) for key in range(num_keys)]
-        for query in range(num_queries)
-    ]
-    return table[:, np.array(buckets)]
-
-
-def _numpy_logits(params, settings, prompt, response):
-    """Logits of one unpadded prompt and response, [T, V]."""
-    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    embedding, heads = p["token_embedder"]["embedding"], settings.num_heads
-    encoder, decoder = p["encoder"], p["decoder"]
-    x = embedding[prompt]
-    table = encoder["relpos_bias"]["rel_embedding"]
-    bias = _numpy_bias(table, len(prompt), len(prompt), True)
-    for index in range(settings.num_encoder_layers):
-        q = encoder[f"layers_{index}"]
-        h = _numpy_norm(x, q["pre_attention_layer_norm"]["scale"])
-        x = x + _numpy_attention(q["attention"], h, h, bias, heads)
-        x = x + _numpy_mlp(q["mlp"], _numpy_norm(x, q["pre_mlp_layer_norm"]["scale"]))
-    memory = _numpy_norm(x, encoder["encoder_norm"]["scale"])
-
-    y = embedding[[0, *response[:-1]]]
-    size = len(response)
-    bias = _numpy_bias(decoder["relpos_bias"]["rel_embedding"], size, size, False)
-    bias = np.where(np.triu(np.ones((size, size)), 1) > 0, -np.inf, bias)
-    for index in range(settings.num_decoder_layers):
-        q = decoder[f"layers_{index}"]
-        h = _numpy_norm(y, q["pre_self_attention_layer_norm"]["scale"])
-        y = y + _numpy_attention(q["self_attention"], h, h, bias, heads)
-        h = _numpy_norm(y, q["pre_cross_attention_layer_norm"]["scale"])
-        cross = q["encoder_decoder_attention"]
-        y = y + _numpy_attention(cross, h, memory, 0.0, heads)
-        y = y + _numpy_mlp(q["mlp"], _numpy_norm(y, q["pre_mlp_layer_norm"]["scale"]))
-    y = _numpy_norm(y, decoder["decoder_norm"]["scale"])
-    if settings.logits_via_embedding:
-        return y @ embedding.T / math.sqrt(settings.emb_dim)
-    return y @ decoder["logits_dense"]["kernel"]
 
 
 @VERSIONS
 def test_logits_equal_a_plain_numpy_forward(settings):
     """With distances beyond the buckets that hold one distance each."""
-    model, params = _initialised(settings)
-    prompts, tokens_BT = _prompts(width=20), _responses(length=24)
+    model, params = initialised(settings)
+    prompts, tokens_BT = random_prompts(width=20), random_responses(length=24)
     logits_BTV = jax.jit(model.logits)(params, prompts, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
     for row in range(BATCH):
         length = int(prompts.mask_BS[row].sum())
-        expected_TV = _numpy_logits(
+        expected_TV = numpy_logits(
             params,
             settings,
             np.asarray(prompts.tokens_BS[row, :length]),
@@ -168,7 +55,7 @@ def test_relative_buckets_equal_the_integer_formula(bidirectional):
     buckets = layers.relative_position_bucket(
         jnp.asarray(offsets), bidirectional=bidirectional
     )
-    expected = [_integer_bucket(int(offset), bidirectional) for offset in offsets]
+    expected = [integer_bucket(int(offset), bidirectional) for offset in offsets]
     assert buckets.tolist() == expected
     assert min(expected) == 0 and max(expected) == 31
     if not bidirectional:
@@ -182,7 +69,7 @@ def test_rms_norm_is_computed_in_float32():
     scale_D = jnp.linspace(0.3, 3.0, 50)
     y_BD = norm.apply({"params": {"scale": scale_D}}, x_BD)
     assert y_BD.dtype == jnp.bfloat16
-    expected_BD = _numpy_norm(np.asarray(x_BD, np.float64), np.asarray(scale_D))
+    expected_BD = numpy_norm(np.asarray(x_BD, np.float64), np.asarray(scale_D))
     np.testing.assert_allclose(
         np.asarray(y_BD, np.float64), expected_BD, rtol=2**-8 * 1.001
     )
@@ -295,8 +182,8 @@ def _decode(model, params, prompts, tokens_BT, cache_map=lambda cache: cache):
 
 @VERSIONS
 def test_cached_decode_equals_the_uncached_forward(settings):
-    model, params = _initialised(settings)
-    prompts, tokens_BT = _prompts(), _responses()
+    model, params = initialised(settings)
+    prompts, tokens_BT = random_prompts(), random_responses()
     logits_BTV = jax.jit(model.logits)(params, prompts, tokens_BT)
     decoded_BTV = _decode(model, params, prompts, tokens_BT)
     assert decoded_BTV.dtype == jnp.float32
@@ -305,8 +192,11 @@ def test_cached_decode_equals_the_uncached_forward(settings):
 
 def test_rows_of_the_cache_can_be_repeated_and_gathered():
     """Two responses to one prompt are two rows, whatever the order of the rows."""
-    model, params = _initialised(T5_1_1)
-    prompts, tokens_RT = _prompts(), jnp.concatenate([_responses(4), _responses(5)])
+    model, params = initialised(T5_1_1)
+    prompts, tokens_RT = (
+        random_prompts(),
+        jnp.concatenate([random_responses(4), random_responses(5)]),
+    )
     rows = jnp.array([0, 0, 1, 1, 2, 2])
     order = jnp.array([5, 0, 3, 2, 4, 1])
 
@@ -321,8 +211,10 @@ def test_rows_of_the_cache_can_be_repeated_and_gathered():
 
 
 def test_every_leaf_of_the_cache_has_the_row_first_and_keeps_its_shape():
-    model, params = _initialised(T5_1_1)
-    _, cache = jax.eval_shape(lambda p: model.prefill(p, _prompts(), LENGTH), params)
+    model, params = initialised(T5_1_1)
+    _, cache = jax.eval_shape(
+        lambda p: model.prefill(p, random_prompts(), LENGTH), params
+    )
     shapes = {leaf.shape for leaf in jax.tree.leaves(cache)}
     assert shapes == {(BATCH, 2, LENGTH, 3), (BATCH, 2, PROMPT, 3), (BATCH, PROMPT)}
     last_R = jnp.zeros(BATCH, jnp.int32)
@@ -344,8 +236,8 @@ def test_a_decode_step_reads_the_cache_as_it_lies():
 
     Any other order makes the compiler copy the whole cache at each token.
     """
-    model, params = _initialised(T5_1_1)
-    _, cache = model.prefill(params, _prompts(), LENGTH)
+    model, params = initialised(T5_1_1)
+    _, cache = model.prefill(params, random_prompts(), LENGTH)
     last_R = jnp.zeros(BATCH, jnp.int32)
     jaxpr = jax.make_jaxpr(model.decode_step)(params, cache, last_R, 0).jaxpr
     cache_shapes = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim == 4}
@@ -365,8 +257,8 @@ def test_a_decode_step_reads_the_cache_as_it_lies():
 @VERSIONS
 def test_padding_is_inert(settings):
     """Poisoned padding, and more of it, change nothing."""
-    model, params = _initialised(settings)
-    prompts, tokens_BT = _prompts(), _responses()
+    model, params = initialised(settings)
+    prompts, tokens_BT = random_prompts(), random_responses()
     poison_BS = jnp.where(prompts.mask_BS, prompts.tokens_BS, 59)
     poisoned = prompts._replace(tokens_BS=poison_BS)
     logits = jax.jit(model.logits)
@@ -384,7 +276,7 @@ def test_causality_as_a_zero_gradient():
 
     All ids differ, so the embedding's gradient tells which positions were read.
     """
-    model, params = _initialised(T5_1_1)
+    model, params = initialised(T5_1_1)
     prompt = PromptBatch(jnp.arange(10, 17)[None], jnp.ones((1, 7), bool))
     tokens_1T = jnp.arange(30, 35)[None]
 
@@ -405,9 +297,9 @@ def test_causality_as_a_zero_gradient():
 
 def test_no_key_means_no_dropout_and_a_key_draws():
     """Without a key, or at rate 0, the network has no random number in it."""
-    model, params = _initialised(DROPPING)
+    model, params = initialised(DROPPING)
     rate_0 = t5_language_model(T5Settings(**{**vars(DROPPING), "dropout_rate": 0.0}))
-    prompts, tokens_BT = _prompts(), _responses()
+    prompts, tokens_BT = random_prompts(), random_responses()
     key, other = jax.random.split(jax.random.key(1))
 
     def draws(logits, key):
@@ -434,14 +326,14 @@ def test_dropout_of_the_output_zeroes_and_rescales():
 
     Of its D entries each is 0 or 2, as often as the others: the rate is 1/2.
     """
-    model, params = _initialised(DROPPING)
+    model, params = initialised(DROPPING)
     params = jax.tree.map(jnp.zeros_like, params)
     params["token_embedder"]["embedding"] = jnp.ones((64, 64))
     params["decoder"]["decoder_norm"]["scale"] = jnp.ones(64)
     # Logit v is entry v of the decoder's output.
     params["decoder"]["logits_dense"]["kernel"] = jnp.eye(64)
     logits_BTV = jax.jit(model.logits)(
-        params, _prompts(), _responses(), jax.random.key(5)
+        params, random_prompts(), random_responses(), jax.random.key(5)
     )
     values_BTV = np.asarray(logits_BTV)
     # One mask for all positions of a row, another for each row.
@@ -460,9 +352,9 @@ def test_dropout_of_the_output_zeroes_and_rescales():
 
 @VERSIONS
 def test_bfloat16_activations_keep_float32_logits(settings):
-    model, params = _initialised(settings)
+    model, params = initialised(settings)
     half = t5_language_model(T5Settings(**{**vars(settings), "dtype": "bfloat16"}))
-    prompts, tokens_BT = _prompts(), _responses()
+    prompts, tokens_BT = random_prompts(), random_responses()
     exact_BTV = jax.jit(model.logits)(params, prompts, tokens_BT)
     logits_BTV = jax.jit(half.logits)(params, prompts, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
@@ -480,9 +372,9 @@ def test_bfloat16_activations_keep_float32_logits(settings):
 
 def test_equal_settings_give_equal_functions_and_one_compilation():
     assert t5_language_model(T5_1_1) is t5_language_model(T5Settings(**vars(T5_1_1)))
-    model, params = _initialised(T5_1_1)
+    model, params = initialised(T5_1_1)
     assert (model.vocab_size, model.pad_id, model.eos_id) == (61, 0, 1)
-    _, cache = model.prefill(params, _prompts(), LENGTH)
+    _, cache = model.prefill(params, random_prompts(), LENGTH)
     num_traces = 0
 
     def counted(cache, last_R, step):
