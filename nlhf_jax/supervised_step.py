@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from nlhf_jax.optimizers import accumulate_gradients
+from nlhf_jax.sequences import token_log_probs
 from nlhf_jax.types import (
     POLICY,
     ComparisonBatch,
@@ -93,9 +94,7 @@ def _sft_sums(model: LanguageModel, z_loss: float) -> SummedLoss:
     def summed(params: Params, batch: SupervisedBatch, dropout_key: jax.Array | None):
         tokens_BT, mask_BT = batch.targets
         logits_BTV = model.logits(params, batch.prompts, tokens_BT, dropout_key)
-        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        target_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)
-        nll = _masked_sum(log_z_BT - target_BT[..., 0], mask_BT)
+        nll = -jnp.sum(token_log_probs(logits_BTV, tokens_BT, mask_BT))
         is_right_BT = jnp.argmax(logits_BTV, axis=-1) == tokens_BT
         sums = {
             "loss/token_nll": nll,
@@ -103,6 +102,7 @@ def _sft_sums(model: LanguageModel, z_loss: float) -> SummedLoss:
         }
         loss = nll
         if z_loss:
+            log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
             sums["loss/z_loss"] = z_loss * _masked_sum(log_z_BT**2, mask_BT)
             loss = loss + sums["loss/z_loss"]
         return loss, Totals(sums, jnp.sum(mask_BT).astype(nll.dtype))

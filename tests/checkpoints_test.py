@@ -153,6 +153,16 @@ def test_a_failed_write_is_raised(tmp_path, monkeypatch):
     checkpointer.close()
 
 
+def test_a_folder_that_vanishes_is_an_error_not_a_silent_loss(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpointer = Checkpointer(folder)
+    shutil.rmtree(folder)
+    folder.write_text("not a folder any more")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpointer.save(1, _state())
+        checkpointer.wait()
+
+
 def test_another_model_is_refused_by_name_and_shape(tmp_path):
     with Checkpointer(_saved(tmp_path)) as checkpointer:
         with pytest.raises(

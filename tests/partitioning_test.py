@@ -99,6 +99,11 @@ def test_parameters_are_split_as_the_table_says(eight):
     assert eight["tensor"]["embed_shards"] == ["(6, 4)"]
 
 
+def test_a_checkpoint_moves_to_another_mesh(eight):
+    # Checksums are compared too: they do not depend on the layout.
+    assert eight["elsewhere"] == {"equal": True, "placed": True}
+
+
 def test_rows_are_split_over_data_and_fsdp():
     mesh = partitioning.make_mesh(MeshSettings())
     assert partitioning.batch_sharding(mesh).spec == P(("data", "fsdp"))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlhf_jax import partitioning
+from nlhf_jax.checkpoints import Checkpointer
 from nlhf_jax.checks import UserError
 from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.settings import MeshSettings, OptimizerSettings
@@ -80,6 +81,43 @@ def train(settings, devices, name="adamw", num_microbatches=1):
     }
 
 
+def restore_elsewhere(folder):
+    """Saves a state on one mesh and restores it on another, damaged file checks on."""
+    model = padded_model()
+    optimizer = make_optimizer(OptimizerSettings(name="adamw"), 1)
+
+    def init(key):
+        return init_state(model.init(key), optimizer)
+
+    key = jax.random.key(5)
+    shapes = jax.eval_shape(init, key)
+    params = shapes.param_sets[POLICY]
+
+    def sharding_on(settings):
+        mesh = partitioning.make_mesh(settings)
+        lie = partitioning.shardings_for(model.logical_axes, params, mesh)
+        return mesh, partitioning.state_shardings(shapes, lie, params)
+
+    mesh, sharding = sharding_on(MeshSettings(2, 2, 2))
+    _, other = sharding_on(MeshSettings(1, 8, 1))
+    saved = partitioning.initialize(init, mesh, sharding, key)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, other
+    )
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(0, saved)
+        checkpointer.wait()
+        restored = checkpointer.restore(0, like)
+    equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), saved, restored)
+    placed = jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, other
+    )
+    return {
+        "equal": all(jax.tree.leaves(equal)),
+        "placed": all(jax.tree.leaves(placed)),
+    }
+
+
 def error_of(fn, *args, **kwargs):
     """Returns the text of the user error that a call raises."""
     try:
@@ -118,6 +156,7 @@ def main(path):
         "tensor_adafactor": train(MeshSettings(2, 2, 2), None, "adafactor"),
         "microbatches": train(MeshSettings(1, 4, 2), None, num_microbatches=2),
         "errors": errors(),
+        "elsewhere": restore_elsewhere(path + ".checkpoints"),
     }
     with open(path, "w") as file:
         json.dump(found, file)
