@@ -3,8 +3,10 @@
 
 import pathlib
 import re
+import shutil
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -33,6 +35,7 @@ REQUIRED = [
     "tensorflow>=2.21,<2.22",
     "tensorflow-datasets>=4.9.10",
     "tensorflow-text>=2.21,<2.22",
+    "tqdm>=4.66",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
@@ -48,6 +51,17 @@ EXTRAS = {
     ],
 }
 
+
+class BuildWithConfigs(build_py):
+    """Puts a copy of the gin files into a wheel; an editable install reads ours."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = pathlib.Path(self.build_lib) / "nlhf_jax" / "configs"
+            shutil.copytree(ROOT / "configs", target, dirs_exist_ok=True)
+
+
 setuptools.setup(
     name="nlhf_jax",
     version=VERSION,
@@ -58,8 +72,9 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["nlhf_jax", "nlhf_jax.*"]),
     package_data={
-        "nlhf_jax": ["evaluation/*.j2", "pretrained/*/*", "configs/*/*.gin"],
+        "nlhf_jax": ["evaluation/*.j2", "pretrained/*/*"],
     },
+    cmdclass={"build_py": BuildWithConfigs},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nlhf = nlhf_jax.cli:main"]},

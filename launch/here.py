@@ -29,11 +29,14 @@ class SetupError(Exception):
 def find_python() -> str:
     """Returns a supported interpreter: the running one, else one on PATH.
 
+    Inside a virtual environment it is the one that environment was made from: ours is
+    deleted before it is made again.
+
     Raises:
       SetupError: there is none.
     """
     if sys.version_info[:2] in SUPPORTED:
-        return sys.executable
+        return getattr(sys, "_base_executable", None) or sys.executable
     for major, minor in SUPPORTED:
         found = shutil.which(f"python{major}.{minor}")
         if found and _version(found) == f"{major}.{minor}":
@@ -79,10 +82,16 @@ def prepare(root: pathlib.Path = ROOT) -> pathlib.Path:
             [python, "-m", "venv", str(folder)],
             "the venv module does not work (on Debian: apt-get install python3-venv)",
         )
-        pip = [str(inside), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-        lock = str(root / "requirements.lock")
-        _call([*pip, "--require-hashes", "-r", lock], "installing the lock failed")
-        _call([*pip, "--no-deps", "-e", str(root)], "installing the project failed")
+        install = [str(inside), "-m", "pip", "install", "--disable-pip-version-check"]
+        lock = root / "requirements.lock"
+        _install(
+            [*install, "--require-hashes", "-r", str(lock)],
+            count_packages(lock.read_text()),
+            "installing requirements.lock failed",
+        )
+        # The lock holds the build tools: an isolated build would fetch them unchecked.
+        project = ["--no-deps", "--no-build-isolation", "-e", str(root)]
+        _install([*install, *project], 1, "installing the project failed")
         stamp.write_text(wanted)
     return inside
 
@@ -99,6 +108,27 @@ def _one_at_a_time(path: pathlib.Path):
 
 def _call(command: list[str], failure: str) -> None:
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+        raise SetupError(f"{failure}: {' '.join(command)}")
+
+
+def count_packages(lock: str) -> int:
+    """Returns how many packages a lock pins: the lines that hold a version."""
+    return sum("==" in line.partition("#")[0] for line in lock.splitlines())
+
+
+def _install(command: list[str], total: int, failure: str) -> None:
+    """Runs pip with one line of progress every few packages, and its errors."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    seen, every = 0, max(1, total // 4)
+    for line in process.stdout:
+        seen += line.startswith("Collecting ")
+        if line.startswith("Collecting ") and seen % every == 0 and total > 1:
+            print(f"here: {seen} of about {total} packages found", file=sys.stderr)
+        if line.startswith("Installing collected packages"):
+            print("here: all downloaded, unpacking", file=sys.stderr)
+    if process.wait():
         raise SetupError(f"{failure}: {' '.join(command)}")
 
 
@@ -119,10 +149,14 @@ def main(words: list[str]) -> int:
     """Prepares the environment and runs the command in the repository."""
     try:
         command_for(pathlib.Path("python"), words)
-        command = command_for(prepare(), words)
+        _become(command_for(prepare(), words))
     except SetupError as error:
         print(f"here: {error}", file=sys.stderr)
-        return 2
+    return 2
+
+
+def _become(command: list[str]) -> None:
+    """Runs `command` in this process's place, in the repository."""
     # More threads than cores keep XLA's CPU client from deadlocking on fake devices.
     environment = {"NPROC": "16", "TF_CPP_MIN_LOG_LEVEL": "3"} | dict(os.environ)
     os.chdir(ROOT)

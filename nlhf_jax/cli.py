@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `nlhf JOB --gin_file=... --gin.NAME=VALUE --parameter=VALUE`."""
 
+import ast
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -48,7 +50,7 @@ class Arguments:
             self.dry_run = True
             return
         if not has_value:
-            value = words.pop(0) if words and not words[0].startswith("--") else "True"
+            value = self._next_value(name, words)
         if name == "gin_file":
             self.files.append(value)
         elif name == "gin_search_paths":
@@ -57,6 +59,14 @@ class Arguments:
             self.overrides[name[len("gin.") :]] = value
         else:
             self._take_parameter(job, name, value)
+
+    def _next_value(self, name: str, words: list[str]) -> str:
+        """The value that follows its flag after a space; a lone parameter is True."""
+        if words and not words[0].startswith("--"):
+            return words.pop(0)
+        if name.startswith("gin"):
+            raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        return "True"
 
     def _take_parameter(self, job: str, name: str, value: str) -> None:
         """A parameter of the job itself: text needs no second pair of quotes."""
@@ -118,13 +128,26 @@ def _main(words: list[str]) -> int:
 
 
 def _usage() -> str:
-    jobs = "\n".join(f"  {name}" for name in JOBS)
+    width = max(map(len, JOBS))
+    jobs = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in JOBS)
     return (
-        "usage: nlhf JOB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] "
-        "[--PARAMETER=VALUE ...] [--dry_run]\n"
+        "usage: nlhf JOB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]\n"
+        "                [--PARAMETER=VALUE ...] [--gin_search_paths=FOLDER,...] "
+        "[--dry_run]\n"
         f"jobs:\n{jobs}\n"
         "nlhf JOB --help prints a job's parameters."
     )
+
+
+def _summary(job: str) -> str:
+    """The first sentence of a job's docstring, read without importing the job."""
+    module, function = JOBS[job].split(":")
+    spec = importlib.util.find_spec(module)
+    tree = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
 
 
 def _enable_compilation_cache() -> None:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from nlhf_jax.checks import UserError, nearest
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+# A clone keeps configs/ beside the package, a wheel keeps a copy inside it.
+REPOSITORY = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 _STATEMENT = re.compile(r"^([A-Za-z_][\w./]*)\s*=\s*(.*)$")
 _INCLUDE = re.compile(r"^include\s+['\"]([^'\"]+)['\"]\s*$")
@@ -35,18 +37,27 @@ def quoted(value: str) -> str:
     return value
 
 
-def read(file: str, folders: Sequence[pathlib.Path], where: str) -> list[Statement]:
+def read(
+    file: str,
+    folders: Sequence[pathlib.Path],
+    where: str,
+    including: Sequence[pathlib.Path] = (),
+) -> list[Statement]:
     """Returns the statements of a file and of the files it includes, in order.
 
     Args:
       file: path of the file, as written.
       folders: where it is looked up besides the current folder.
       where: who names it, for the error.
+      including: the files whose includes led here.
 
     Raises:
-      UserError: a file is missing or unreadable, or a line is no statement.
+      UserError: a file is missing or unreadable, includes itself, or a line is no
+        statement.
     """
     path = _find(file, folders, where)
+    if path.resolve() in including:
+        raise UserError(f"{where}: {file!r} includes itself")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -55,7 +66,7 @@ def read(file: str, folders: Sequence[pathlib.Path], where: str) -> list[Stateme
     for number, line in _logical_lines(lines):
         place = f"{path}:{number}"
         if match := _INCLUDE.match(line):
-            found += read(match[1], folders, place)
+            found += read(match[1], folders, place, (*including, path.resolve()))
         elif match := _STATEMENT.match(line):
             found.append(Statement(match[1], match[2].strip(), place))
         else:
@@ -78,14 +89,20 @@ def _find(file: str, folders: Sequence[pathlib.Path], where: str) -> pathlib.Pat
 
 
 def _logical_lines(lines: Sequence[str]) -> list[tuple[int, str]]:
-    """Returns (line number, text) without comments, brackets joined over lines."""
+    """Returns (line number, text) without comments, continued lines joined.
+
+    A line goes on where a bracket is open or where it ends in a backslash.
+    """
     joined: list[tuple[int, str]] = []
-    depth = 0
+    depth, continued = 0, False
     for number, line in enumerate(lines, start=1):
         text, change = _without_comment(line)
-        if depth:
+        goes_on = depth > 0 or continued
+        continued = text.endswith("\\")
+        text = text.removesuffix("\\")
+        if goes_on:
             start, before = joined.pop()
-            joined.append((start, f"{before} {text.strip()}"))
+            joined.append((start, f"{before.rstrip()} {text.strip()}"))
         elif text.strip():
             joined.append((number, text))
         depth = max(0, depth + change)
@@ -95,9 +112,11 @@ def _logical_lines(lines: Sequence[str]) -> list[tuple[int, str]]:
 def _without_comment(line: str) -> tuple[str, int]:
     """Returns the line up to its comment, and brackets opened minus closed."""
     quote, depth = "", 0
+    escaped = False
     for index, character in enumerate(line):
         if quote:
-            quote = "" if character == quote else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
         elif character == "#":
