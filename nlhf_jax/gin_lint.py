@@ -8,20 +8,17 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from nlhf_jax.checks import UserError, nearest
 from nlhf_jax.gin_files import Statement
 
 REQUIRED = "%gin.REQUIRED"
-_STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _MACRO = re.compile(r"%([A-Za-z_][\w.]*)")
-_REFERENCE = re.compile(r"@([A-Za-z_][\w./]*(?:\(\))?)")
-_STRING_OR_NAME = re.compile(rf"({_STRING})|{_MACRO.pattern}|{_REFERENCE.pattern}")
-_OPAQUE = object()
+_REFERENCE = re.compile(r"@([\w./]*)\s*(\(\s*\))?")
 
 Registry = Mapping[str, Callable[..., Any]]
-Statements = Mapping[str, Statement]
 
 
 def check(job: str, statements: Sequence[Statement], registry: Registry) -> None:
@@ -232,7 +229,7 @@ def _reach(
 
 
 def _references(value: str, macros: Mapping[str, Statement]) -> list[tuple[str, str]]:
-    """Returns (`scope/name`, `()` or nothing) that a value holds, through macros too."""
+    """Returns (`scope/name`, `()` or '') that a value holds, through macros too."""
     values = [value, *(macros[name].value for name in _macros_in(value, macros))]
     return [
         pair for text in values for pair in _REFERENCE.findall(_without_strings(text))
