@@ -13,7 +13,7 @@ from nlhf_jax import __version__
 from nlhf_jax.checks import UserError, check_choice, nearest
 from nlhf_jax.jobs import JOBS
 
-USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
+USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 2, 130, 143
 DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
 
 
@@ -86,10 +86,11 @@ def _hints(job: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """Runs one job; returns the exit code.
 
-    A mistake is one sentence on standard error, without a traceback. Other exceptions
-    are defects and keep their traceback.
+    0: done. 2: a user's mistake, one sentence on standard error without a traceback.
+    130: Ctrl-C. 143: a signal ended the run after its state was saved. Other
+    exceptions are defects and keep their traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -123,7 +124,15 @@ def _main(words: list[str]) -> int:
         return 0
     runs.set_config_source(gin_bindings.operative_config)
     _enable_compilation_cache()
-    gin_bindings.run(job)
+    try:
+        gin_bindings.run(job)
+    except runs.Stopped as stopped:
+        print(
+            f"nlhf: {job} was stopped by a signal at step {stopped.args[0]}; everything "
+            "is saved, and the same command continues",
+            file=sys.stderr,
+        )
+        return STOPPED_EXIT
     return 0
 
 
@@ -148,6 +157,13 @@ def _summary(job: str) -> str:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""
+
+
+def _show_only_errors_of_libraries() -> None:
+    """Keeps a library's remarks about its own files out of a job's few lines."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
 
 
 def _enable_compilation_cache() -> None:

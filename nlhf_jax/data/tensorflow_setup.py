@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imports of TensorFlow, seqio and TFDS that leave the accelerators to JAX."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,28 @@ from typing import Any
 def import_tensorflow() -> ModuleType:
     """Returns `tensorflow`, which sees the CPU only and keeps its start-up lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    with _without_native_stderr():
+        import tensorflow as tf
 
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     return tf
+
+
+@contextlib.contextmanager
+def _without_native_stderr() -> Iterator[None]:
+    """Hides what native libraries print while they are loaded, before any log level.
+
+    Python's own exceptions still pass; only file descriptor 2 is redirected.
+    """
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @functools.cache

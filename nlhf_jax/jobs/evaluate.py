@@ -54,6 +54,7 @@ def evaluate(
     raters: RaterPopulation,
     reference_checkpoint: str,
     preference_checkpoint: str,
+    reward_checkpoint: str = "",
     comparisons_dir: str = "",
     baseline: str = "",
     rlhf: tuple[str, ...] = (),
@@ -76,6 +77,7 @@ def evaluate(
       raters: the held-out population.
       reference_checkpoint: model folder of the reference, for the KL.
       preference_checkpoint: model folder of the learned judge.
+      reward_checkpoint: model folder of the reward model, for its learning curve only.
       comparisons_dir: folder of a `collect` job, whose cyclicity the report states.
       baseline: the policy the report compares with; empty is the first one.
       rlhf: names of policies trained on a scalar reward, for the report's verdict.
@@ -123,6 +125,9 @@ def evaluate(
         bar.update(1)
         by_model = tournament.win_rates(draws, learned, seed=seed)
         bar.update(2)
+    models = {"preference model": preference_checkpoint}
+    if reward_checkpoint:
+        models["reward model"] = reward_checkpoint
     page = report.ReportData(
         title="Nash Learning from Human Feedback: the tournament",
         population=by_raters,
@@ -131,7 +136,7 @@ def evaluate(
         rlhf=tuple(rlhf),
         nash=tuple(nash),
         figures={name: answer.figures for name, answer in answers.items()},
-        stages=_learning_curves(policies, preference_checkpoint),
+        stages=_learning_curves(dict(policies) | models),
         cyclicity=_read_cyclicity(comparisons_dir),
         raters=dict(raters.weights),
         examples=_examples(asked, answers, num_examples),
@@ -216,8 +221,7 @@ def _with_figures(
     return Answers(drawn.texts, drawn.responses, figures)
 
 
-def _learning_curves(policies: Mapping[str, str], preference_checkpoint: str) -> dict:
-    places = dict(policies) | {"preference model": preference_checkpoint}
+def _learning_curves(places: Mapping[str, str]) -> dict:
     found = {}
     for name, checkpoint in places.items():
         folder = folders.find_model_dir(checkpoint)

@@ -63,6 +63,7 @@ def quickstart(
         policies={"SFT": where["sft"]} | checkpoints,
         reference_checkpoint=where["sft"],
         preference_checkpoint=where["preference"],
+        reward_checkpoint=where["reward"],
         comparisons_dir=feedback,
     )
     _run_all(stages)
