@@ -15,6 +15,7 @@ VERSION = re.search(
 
 REQUIRED = [
     "absl-py",
+    "etils[epath]>=1.9.1",
     "flax>=0.12.7",
     "gin-config>=0.5.0",
     "importlib_resources",  # tensorflow-datasets needs it and does not say so
