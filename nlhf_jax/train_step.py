@@ -176,7 +176,7 @@ def update(
     param_sets = algorithm.update_sets(
         state.param_sets | {POLICY: params}, state.step + 1
     )
-    metrics["optimizer/gradient_norm"] = optax.global_norm(grads)
+    metrics["optimizer/gradient_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, dict(param_sets), opt_state), metrics
 
 
