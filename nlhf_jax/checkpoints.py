@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, Bool, PyTree, UInt32
 
 from nlhf_jax.checks import UserError, check_integer
@@ -100,7 +101,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as error:
+            # The error that ended the block is the one to show.
+            if exception[0] is None:
+                raise
+            _log.error("%s", error)
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, oldest first."""
@@ -244,10 +251,7 @@ def _compare_checksums(
 
 def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
     """Returns the tree of shapes and dtypes of a stored state, reading no array."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = reader.metadata(step_folder / _STATE).item_metadata
-    if metadata is None:
-        raise CheckpointError("its metadata cannot be read")
+    metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_folder / _STATE))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree
     )
@@ -311,13 +315,12 @@ def _read_params(source: pathlib.Path, like: Params | None) -> dict[str, Any]:
     as_numpy = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), abstract
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = reader.restore(
-            source / _STATE,
-            args=ocp.args.PyTreeRestore(
-                item=abstract, restore_args=as_numpy, partial_restore=True
-            ),
-        )
+    found = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(source / _STATE),
+        args=ocp.args.PyTreeRestore(
+            item=abstract, restore_args=as_numpy, partial_restore=True
+        ),
+    )
     return found["param_sets"][POLICY]
 
 

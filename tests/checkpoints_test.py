@@ -4,8 +4,13 @@
 import gc
 import json
 import logging
+import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -153,14 +158,60 @@ def test_a_failed_write_is_raised(tmp_path, monkeypatch):
     checkpointer.close()
 
 
-def test_a_folder_that_vanishes_is_an_error_not_a_silent_loss(tmp_path):
-    folder = tmp_path / "checkpoints"
-    checkpointer = Checkpointer(folder)
-    shutil.rmtree(folder)
-    folder.write_text("not a folder any more")
-    with pytest.raises(CheckpointError, match="could not be written"):
-        checkpointer.save(1, _state())
+FULL_DISK = """
+    import pathlib, resource, signal, sys
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from nlhf_jax.checkpoints import Checkpointer
+    from nlhf_jax.supervised_step import init_state
+
+    def state(size):
+        numbers = np.random.default_rng(0).normal(size=size)
+        return init_state({"w": jnp.asarray(numbers)}, optax.identity())
+
+    with Checkpointer(pathlib.Path(sys.argv[1])) as checkpointer:
+        checkpointer.save(1, state(10))
         checkpointer.wait()
+        # A file that grows beyond the limit gives an error, as on a full disk.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        checkpointer.save(2, state(1_000_000))
+"""
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_older_checkpoint(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "CheckpointError: a checkpoint in" in run.stderr
+    assert "could not be written" in run.stderr
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
+
+
+def test_the_error_that_ended_the_block_is_shown(tmp_path, monkeypatch):
+    def full(*unused_args):
+        raise ValueError("No space left on device")
+
+    def run():
+        with Checkpointer(tmp_path) as checkpointer:
+            monkeypatch.setattr(checkpointer._manager, "wait_until_finished", full)
+            raise KeyError("the loop's own")
+
+    with pytest.raises(KeyError, match="the loop's own"):
+        run()
+
+
+def test_reading_is_quiet(tmp_path, caplog):
+    with Checkpointer(_saved(tmp_path)) as checkpointer:
+        checkpointer.restore(3, _state())
+    load_params(tmp_path)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 def test_another_model_is_refused_by_name_and_shape(tmp_path):
