@@ -117,6 +117,7 @@ def _main(words: list[str]) -> int:
 
     if arguments.help:
         print(inspect.getdoc(gin_bindings.job_function(job)))
+        print(f"\nFlags: {', '.join(f'--{name}' for name in _hints(job))}")
         return 0
     gin_bindings.load(job, arguments.files, arguments.overrides, arguments.search_paths)
     if arguments.dry_run:
@@ -128,8 +129,8 @@ def _main(words: list[str]) -> int:
         gin_bindings.run(job)
     except runs.Stopped as stopped:
         print(
-            f"nlhf: {job} was stopped by a signal at step {stopped.args[0]}; everything "
-            "is saved, and the same command continues",
+            f"nlhf: {job} was stopped by a signal at step {stopped.step}, everything "
+            "is saved; the same command continues",
             file=sys.stderr,
         )
         return STOPPED_EXIT

@@ -16,7 +16,7 @@ from nlhf_jax.gin_files import Statement
 REQUIRED = "%gin.REQUIRED"
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _MACRO = re.compile(r"%([A-Za-z_][\w.]*)")
-_REFERENCE = re.compile(r"@([\w./]*)\s*(\(\s*\))?")
+_REFERENCE = re.compile(r"@([\w./]*)\s*(\(\s*\)|)")
 
 Registry = Mapping[str, Callable[..., Any]]
 

@@ -180,7 +180,15 @@ def run(
 
 
 class Stopped(Exception):
-    """A signal ended the run after a checkpoint; the same command continues it."""
+    """A signal ended the run after a checkpoint; the same command continues it.
+
+    Attributes:
+      step: updates that are done and saved.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}")
+        self.step = step
 
 
 def optimizer_and_rate(settings: OptimizerSettings, train_steps: int):
