@@ -162,7 +162,7 @@ def _reference_fits(configurable: Callable[..., Any], called: str, hint: Any) ->
     if not inspect.isclass(configurable):
         result = typing.get_type_hints(configurable).get("return")
     for part in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
-        if inspect.isclass(part) and called:
+        if inspect.isclass(part) and called and part is not types.NoneType:
             if inspect.isclass(result) and issubclass(result, part):
                 return True
         elif typing.get_origin(part) is Callable and not called:
@@ -175,8 +175,10 @@ def matches(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, part) for part in arguments)
-    if hint in (None, type(None)):
-        return value is None or hint is None
+    if hint in (None, Any):
+        return True
+    if hint is types.NoneType:
+        return value is None
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
