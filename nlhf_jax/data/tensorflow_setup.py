@@ -18,8 +18,8 @@ def import_tensorflow() -> ModuleType:
     with _without_native_stderr():
         import tensorflow as tf
 
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
     return tf
 
 
