@@ -4,6 +4,7 @@
 import ast
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,51 +13,55 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nlhf_jax"
 
-# From the bottom up: a room imports from the layers above its own line, and itself.
-# Room -> what it may import besides Python's library and EVERYWHERE.
+# From the bottom up, with the layer's number in docs/design.md: a room imports from
+# the lines before its own, and from itself. Beside each room, what it may import
+# besides Python's library and EVERYWHERE.
 LAYERS = (
-    {"types": (), "checks": ()},
-    {"sequences": (), "settings": (), "gin_files": ()},
-    {
-        "games": ("scipy",),
-        "mixture": (),
-        "losses": (),
-        "gin_lint": (),
-        "parameter_files": ("safetensors",),
-    },
-    {
-        "decoding": (),
-        "partitioning": (),
-        "optimizers": ("optax",),
-        "models": ("flax",),
-        "data": (
-            "sentencepiece",
-            "seqio",
-            "tensorflow",
-            "tensorflow_datasets",
-            "tqdm",
-        ),
-    },
-    {"preferences": ("flax", "httpx"), "algorithms": ()},
-    {"train_step": ("optax",), "supervised_step": ("optax",)},
-    {
-        "metrics": ("tensorboard",),
-        "checkpoints": ("etils", "orbax"),
-        "evaluation": ("jinja2", "matplotlib", "rouge_score"),
-        "interop": ("ml_dtypes", "msgpack", "safetensors", "tensorstore"),
-    },
-    {"progress": ("rich",), "loop": ()},
-    {"jobs": ()},
-    {"gin_bindings": ("gin",)},
-    {"cli": ("rich",)},
-    {"__main__": ()},
+    (0, {"types": (), "checks": ()}),
+    (1, {"sequences": (), "settings": ()}),
+    (2, {"games": ("scipy",), "mixture": (), "losses": ()}),
+    (
+        3,
+        {
+            "decoding": (),
+            "partitioning": (),
+            "optimizers": ("optax",),
+            "models": ("flax",),
+            "data": (
+                "sentencepiece",
+                "seqio",
+                "tensorflow",
+                "tensorflow_datasets",
+                "tqdm",
+            ),
+        },
+    ),
+    (3, {"preferences": ("flax", "httpx")}),
+    (4, {"algorithms": ()}),
+    (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),
+    (
+        6,
+        {
+            "metrics": ("tensorboard",),
+            "parameter_files": ("safetensors",),
+            "evaluation": ("jinja2", "matplotlib", "rouge_score"),
+        },
+    ),
+    (6, {"checkpoints": ("etils", "orbax"), "progress": ("rich",)}),
+    (7, {"loop": ()}),
+    (8, {"jobs": ()}),
+    (9, {"gin_files": ()}),
+    (9, {"gin_lint": ()}),
+    (9, {"gin_bindings": ("gin",)}),
+    (9, {"cli": ("absl",)}),
+    (9, {"__main__": ()}),
 )
 EVERYWHERE = ("jax", "numpy", "jaxtyping")
 FENCED = ("gin", "orbax", "flax", "seqio", "tensorflow", "tensorflow_datasets")
 HEAVY = ("tensorflow", "torch", "transformers", "seqio")
 
-LAYER_OF = {room: i for i, layer in enumerate(LAYERS) for room in layer}
-THIRD_PARTY = {room: names for layer in LAYERS for room, names in layer.items()}
+LAYER_OF = {room: i for i, (_, rooms) in enumerate(LAYERS) for room in rooms}
+THIRD_PARTY = {room: names for _, rooms in LAYERS for room, names in rooms.items()}
 
 
 def room_of(path: pathlib.Path) -> str:
@@ -108,6 +113,21 @@ def sources() -> list[pathlib.Path]:
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downwards(path):
     assert violations(room_of(path), path.read_text()) == []
+
+
+def test_layers_are_those_of_the_design():
+    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    drawn = {
+        room.rstrip("/"): int(number)
+        for number, rooms in re.findall(r"^\| (\d) \| ([^|]*) \|", table, re.MULTILINE)
+        for room in re.findall(r"`([^`]+)`", rooms)
+    }
+    held = {room: number for number, rooms in LAYERS for room in rooms}
+    assert drawn == {room: n for room, n in held.items() if room != "__main__"}
+
+
+def test_every_room_of_the_layers_exists():
+    assert {room_of(path) for path in sources()} == set(LAYER_OF)
 
 
 def test_package_itself_imports_nothing():
