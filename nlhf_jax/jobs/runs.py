@@ -90,7 +90,7 @@ class Training:
     frozen: ParamSets
     batches: Callable[[int], Any]
     evaluate: Callable[[TrainState], dict[str, float]]
-    facts: dict[str, float]
+    facts: dict[str, float | int]
     logical_axes: Any
 
 
