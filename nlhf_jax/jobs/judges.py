@@ -82,9 +82,7 @@ class LoadedJudge:
         """Returns `preferences` of any number of rows, `batch_size` at a time."""
         num_rows = prompts.tokens_BS.shape[0]
         parts = [
-            self.preferences(
-                *(take(batch, rows) for batch in (prompts, first, second))
-            )
+            self.preferences(*(take(batch, rows) for batch in (prompts, first, second)))
             for rows in batch_slices(num_rows, batch_size)
         ]
         return np.concatenate(parts)[:num_rows]
