@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nlhf_jax.decoding import sample
+from nlhf_jax.optimizers import split_microbatches
 from nlhf_jax.sequences import has_eos, token_log_probs
 from nlhf_jax.types import (
     POLICY,
@@ -136,9 +137,7 @@ def gradient(
     compute = jax.grad(mean_loss, has_aux=True)
     if num_microbatches == 1:
         return compute(params, examples)
-    parts = jax.tree.map(
-        lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]), examples
-    )
+    parts = split_microbatches(examples, num_microbatches)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(compute, params, jax.tree.map(lambda leaf: leaf[0], parts)),
