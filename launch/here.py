@@ -123,10 +123,11 @@ def _install(command: list[str], total: int, failure: str) -> None:
     )
     seen, every = 0, max(1, total // 4)
     for line in process.stdout:
-        seen += line.startswith("Collecting ")
-        if line.startswith("Collecting ") and seen % every == 0 and total > 1:
-            print(f"here: {seen} of about {total} packages found", file=sys.stderr)
-        if line.startswith("Installing collected packages"):
+        if total > 1 and line.startswith("Collecting "):
+            seen += 1
+            if seen % every == 0:
+                print(f"here: {seen} of about {total} packages found", file=sys.stderr)
+        elif total > 1 and line.startswith("Installing collected packages"):
             print("here: all downloaded, unpacking", file=sys.stderr)
     if process.wait():
         raise SetupError(f"{failure}: {' '.join(command)}")

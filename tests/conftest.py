@@ -2,11 +2,16 @@
 """Test-wide settings; the environment is set before anything imports jax."""
 
 import os
+import signal
 
 # Without it XLA's CPU client deadlocks on fake devices when there are two cores.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# A shell that starts the tests in the background has Ctrl-C ignored; they send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
