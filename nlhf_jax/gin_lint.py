@@ -279,15 +279,14 @@ def _check_required(
     """Raises a UserError that names every value that must be given and is not."""
     read = set().union(*(_macros_in(s.value, macros) for s in bindings.values()))
     live = [s for s in macros.values() if s.key in read] + list(bindings.values())
-    unset = [s.key for s in live if s.value == REQUIRED]
+    unset = [f"--gin.{s.key}=... ({s.place})" for s in live if s.value == REQUIRED]
     bound = {split_key(key)[1:] for key in bindings}
     for name in (job, *sorted(calls - {job})):
         unset += [
-            f"{name}.{parameter}"
+            f"--gin.{name}.{parameter}=..."
             for parameter, description in _parameters(registry[name]).items()
             if description.default is inspect.Parameter.empty
             and (name, parameter) not in bound
         ]
     if unset:
-        flags = ", ".join(f"--gin.{key}=..." for key in unset)
-        raise UserError(f"{job}: required and not set: {flags}")
+        raise UserError(f"{job}: required and not set: {', '.join(unset)}")

@@ -159,6 +159,8 @@ def test_every_required_value_that_is_unset_is_named_at_once(tmp_path):
     text = mistake("A = %gin.REQUIRED\nbake.times = (%A, 1)\n", tmp_path)
     for name in ("A", "bake.folder", "bake.oven"):
         assert f"--gin.{name}=..." in text
+    assert "--gin.A=... (" in text
+    assert "run.gin:1)" in text
     assert "degrees" not in text
 
 
