@@ -203,6 +203,7 @@ def test_wheel_holds_every_module_and_file(wheel):
 
     assert modules(wheel) == modules(ROOT)
     assert (wheel / "nlhf_jax/evaluation/report.html.j2").is_file()
+    assert (wheel / "nlhf_jax/pretrained/docstrings_t5/model.json").is_file()
     assert not (wheel / "tests").exists()
 
 
