@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nlhf_jax import metrics
@@ -210,7 +211,8 @@ def _answer_all(
 def _with_figures(
     drawn: generation.Generations, ratio_B: np.ndarray, asked: Asked, reference: Policy
 ) -> Answers:
-    ended_B = np.asarray(has_eos(*drawn.responses, reference.network.eos_id))
+    tokens_BT, mask_BT = (jnp.asarray(leaf) for leaf in drawn.responses)
+    ended_B = np.asarray(has_eos(tokens_BT, mask_BT, reference.network.eos_id))
     figures = report.PolicyFigures(
         kl=float(ratio_B.mean()),
         kl_standard_error=float(ratio_B.std() / np.sqrt(len(ratio_B))),
