@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline by its functions: each job on what the job before it wrote."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -396,8 +398,10 @@ def test_a_tournament_needs_two_policies_and_known_names(
 def test_policies_of_another_shape_are_refused(
     tmp_path, data, policy, preference_model
 ):
-    other = T5Settings(384, 8, 1, 8, 8, 1, 1)
-    narrow = run_sft(tmp_path / "narrow", data, steps(1), model=other)
+    narrow = shutil.copytree(policy, tmp_path / "narrow")
+    other = dataclasses.replace(folders.read_description(policy).settings, mlp_dim=8)
+    described = folders.ModelDescription("language_model", other, LENGTHS)
+    folders.describe(narrow, described, "byte")
     with pytest.raises(UserError, match="'narrow' must have the reference's shape"):
         evaluate(
             model_dir=str(tmp_path / "out"),
@@ -412,12 +416,12 @@ def test_policies_of_another_shape_are_refused(
 
 
 def test_long_prompts_are_cut_and_counted(tmp_path, data):
-    rows = [{"prompt": "x" * 80, "target": "y"}, {"prompt": "x", "target": "y"}]
+    rows = [{"prompt": "x" * length, "target": "y"} for length in (80, 1, 2, 3)]
     long = data_in(tmp_path, train_file=write_lines(tmp_path / "long.jsonl", rows))
-    folder = run_sft(tmp_path / "out", long, steps(1, batch_size=2))
+    folder = run_sft(tmp_path / "out", long, steps(1))
     (first,) = [row for row in read_rows(folder) if row["step"] == 0]
     assert first["data/truncated_prompts"] == 1
-    assert first["data/truncated_share"] == 0.5
+    assert first["data/truncated_share"] == 0.25
 
 
 # ------------------------------------------------------------------------ sampling

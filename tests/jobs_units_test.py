@@ -2,6 +2,7 @@
 """Parts of the jobs by themselves: folders, fixed-shape decoding, votes."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -295,10 +296,22 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         {"a": 1},
         {"b": "ü"},
     ]
-    with pytest.raises(TypeError):
-        collect.write_atomically(path, [{"a": 2}, {"b": object()}])
-    assert json.loads(path.read_text().splitlines()[0]) == {"a": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    collect.write_atomically(path, [{"a": 1}])
+
+    def write_half(self, text):
+        with open(self, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space"):
+        collect.write_atomically(path, [{"a": 2}, {"b": 3}])
+    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_comparisons_take_the_place_of_the_datas_files(tmp_path):
