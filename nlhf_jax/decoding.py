@@ -161,19 +161,24 @@ def _begin(model, param_sets, users, speakers, prompts, max_length):
 
 
 def _repeat(cache: Cache, times: int) -> Cache:
-    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), cache)
+    """Repeats every row in place: row r of the result is row r // times.
+
+    A prompt's rows stay beside each other, so that a batch split over devices by rows
+    stays where it is; copies laid end to end would send every cache to every device.
+    """
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), cache)
 
 
 def _step_sets(model, param_sets, users, carry):
     """Steps every parameter set once; returns its logits by speaker, and caches."""
     logits, caches = {}, {}
     for name, indices in users.items():
-        last_R = jnp.concatenate([carry.rows[index].last_B for index in indices])
+        last_BN = jnp.stack([carry.rows[i].last_B for i in indices], axis=1)
         logits_RV, caches[name] = model.decode_step(
-            param_sets[name], carry.caches[name], last_R, carry.step
+            param_sets[name], carry.caches[name], last_BN.reshape(-1), carry.step
         )
-        parts = jnp.split(logits_RV, len(indices))
-        logits[name] = dict(zip(indices, parts, strict=True))
+        logits_BNV = logits_RV.reshape(*last_BN.shape, -1)
+        logits[name] = {i: logits_BNV[:, n] for n, i in enumerate(indices)}
     return logits, caches
 
 
