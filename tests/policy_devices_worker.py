@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy steps on eight fake devices, in a process of its own; writes JSON."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nlhf_jax import partitioning, train_step
+from nlhf_jax.algorithms import ALGORITHMS
+from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.settings import MeshSettings, T5Settings
+from nlhf_jax.types import POLICY, REFERENCE, Feedback, Judge, PromptBatch, Responses
+
+STEPS, BATCH, PROMPT, LENGTH = 2, 16, 5, 6
+SETTINGS = T5Settings(64, 8, 2, 4, 16, 1, 1)
+
+
+def judge() -> Judge:
+    """Returns the judge that likes long responses of large tokens."""
+
+    def reward(frozen, prompts, responses):
+        del frozen, prompts
+        tokens_BT = jnp.where(responses.mask_BT, responses.tokens_BT, 0)
+        return tokens_BT.sum(axis=1) / 64.0
+
+    def preference(frozen, prompts, first, second):
+        lead_B = reward(frozen, prompts, first) - reward(frozen, prompts, second)
+        return jax.nn.sigmoid(lead_B)
+
+    return Judge(preference, reward)
+
+
+def prompts(step: int) -> PromptBatch:
+    """Returns numpy prompts of unequal lengths."""
+    rng = np.random.default_rng(step)
+    mask = np.arange(PROMPT)[None, :] < rng.integers(1, PROMPT + 1, size=(BATCH, 1))
+    tokens = np.where(mask, rng.integers(2, 64, size=(BATCH, PROMPT)), 0)
+    return PromptBatch(tokens.astype(np.int32), mask)
+
+
+def train(settings, devices, *, num_microbatches=1):
+    """Returns metrics of each step, the last parameters, and compilations."""
+    model = t5_language_model(SETTINGS)
+    algorithm = ALGORITHMS["nash_md_pg"](tau=0.1, beta=0.25)
+    optimizer = optax.sgd(0.5)
+    mesh = partitioning.make_mesh(settings, devices)
+    params = jax.device_get(model.init(jax.random.key(0)))
+    reference = jax.device_get(model.init(jax.random.key(1)))
+    state = train_step.init_state(params, algorithm, optimizer)
+    lie = partitioning.shardings_for(model.logical_axes, params, mesh)
+    sharding = partitioning.state_shardings(state, lie, params)
+    step_fn = train_step.make_train_step(
+        model,
+        algorithm,
+        judge(),
+        optimizer,
+        max_length=LENGTH,
+        num_microbatches=num_microbatches,
+    )
+    compiled = partitioning.compile_step(
+        step_fn,
+        mesh,
+        sharding,
+        {REFERENCE: lie},
+        partitioning.batch_sharding(mesh),
+        partitioning.replicated(mesh),
+    )
+    key, frozen = jax.random.key(7), {REFERENCE: jax.device_put(reference, lie)}
+    state = jax.device_put(state, sharding)
+    history = []
+    for step in range(STEPS):
+        state, metrics = compiled(state, frozen, prompts(step), key)
+        history.append({name: float(value) for name, value in metrics.items()})
+    leaves = jax.tree.leaves(state.param_sets[POLICY])
+    return {
+        "metrics": history,
+        "params": [np.asarray(leaf).ravel().tolist() for leaf in leaves],
+        "num_compilations": compiled.num_compilations,
+    }
+
+
+def collectives_of_the_rollout():
+    """Returns what crosses devices while a mixture is decoded, by HLO name."""
+    model = t5_language_model(SETTINGS)
+    algorithm = ALGORITHMS["nash_md_pg"](tau=0.1, beta=0.25)
+    mesh = partitioning.make_mesh(MeshSettings())
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+
+    def draw(param_sets, prompts, key):
+        step = jnp.zeros((), jnp.int32)
+        return train_step.rollout(
+            model, algorithm, param_sets, prompts, key, step, max_length=LENGTH
+        )
+
+    compiled = partitioning.CompiledFunction(
+        draw, mesh, in_shardings=(whole, rows, whole)
+    )
+    sets = {POLICY: params, REFERENCE: params}
+    return collectives(compiled.lower(sets, prompts(0), jax.random.key(0)))
+
+
+def collectives_of_the_gradient():
+    """Returns what crosses devices for a gradient in two microbatches, by HLO name."""
+    model = t5_language_model(SETTINGS)
+    algorithm = ALGORITHMS["self_play"](tau=0.1)
+    mesh = partitioning.make_mesh(MeshSettings())
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+    said = Responses(np.ones((BATCH, LENGTH), np.int32), np.ones((BATCH, LENGTH), bool))
+    examples = (prompts(0), (said, said), Feedback((np.zeros(BATCH, np.float32),), ()))
+
+    def compute(params, reference, examples):
+        constants = {REFERENCE: reference}
+        return train_step.gradient(
+            model, algorithm, params, constants, examples, num_microbatches=2
+        )
+
+    compiled = partitioning.CompiledFunction(
+        compute, mesh, in_shardings=(whole, whole, rows)
+    )
+    return collectives(compiled.lower(params, params, examples))
+
+
+def collectives(lowered):
+    """Returns HLO name -> how often it stands in the compiled program."""
+    text = lowered.compile().as_text()
+    names = ("all-gather", "all-to-all", "collective-permute")
+    return {name: text.count(f" {name}(") for name in names}
+
+
+def main(path):
+    """Writes everything to `path`."""
+    found = {
+        "num_devices": jax.device_count(),
+        "one": train(MeshSettings(), jax.devices()[:1]),
+        "data": train(MeshSettings(), None, num_microbatches=2),
+        "all": train(MeshSettings(2, 2, 2), None),
+        "rollout": collectives_of_the_rollout(),
+        "gradient": collectives_of_the_gradient(),
+    }
+    with open(path, "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
