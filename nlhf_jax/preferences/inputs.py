@@ -30,7 +30,7 @@ class PairwiseTemplate:
       before_first: label of the first response.
       before_second: label of the second response.
       end: label of the answer.
-      answer_id: the id whose first-step logit is the score; any fixed id will do.
+      answer_id: the id whose last logit is the score; any fixed id will do.
       eos_id: ends the sequence, and is left out of its parts.
     """
 

@@ -4,15 +4,15 @@
     P(y > y' | x) = sigmoid(r(x, y) - r(x, y'))          (Bradley-Terry)
 
 A Bradley-Terry preference is transitive; it cannot express a cycle. The reward is the
-first decoder step's logit of one fixed token (Munos et al., 2024, arXiv 2312.00886,
-section 8).
+last logit of one fixed token (Munos et al., 2024, arXiv 2312.00886, section 8), after
+the decoder has read the response.
 """
 
 from jaxtyping import Array, Float
 
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.inputs import RewardTemplate, reward_input
-from nlhf_jax.preferences.pairwise import first_step_logit
+from nlhf_jax.preferences.pairwise import last_logit
 from nlhf_jax.settings import T5Settings
 from nlhf_jax.types import Params, PromptBatch, Responses, RewardModel
 
@@ -37,6 +37,6 @@ def reward_model(
             prompt_length=prompt_length,
             response_length=response_length,
         )
-        return first_step_logit(network, params, inputs, template.answer_id)
+        return last_logit(network, params, inputs, responses, template.answer_id)
 
     return RewardModel(network.init, network.logical_axes, rewards)
