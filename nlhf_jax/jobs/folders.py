@@ -20,6 +20,7 @@ from nlhf_jax.settings import T5Settings
 DESCRIPTION_FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"
 BYTE_VOCABULARY = "byte"
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("language_model", "preference", "reward")
 
 
@@ -65,13 +66,23 @@ def describe(
     (model_dir / DESCRIPTION_FILE).write_text(description.to_json())
 
 
+def resolve(checkpoint: str | pathlib.Path) -> pathlib.Path:
+    """Returns the path, of what ships with the package where there is none here.
+
+    So `nlhf_jax/pretrained/docstrings_t5` is found from every folder.
+    """
+    path = pathlib.Path(checkpoint).expanduser()
+    shipped = PACKAGE.parent / path
+    return shipped if not path.exists() and shipped.exists() else path
+
+
 def find_model_dir(checkpoint: str | pathlib.Path) -> pathlib.Path:
     """Returns the model folder of a path to it, its checkpoints or one of its steps.
 
     Raises:
       UserError: the path does not exist, or no folder of it holds a description.
     """
-    path = pathlib.Path(checkpoint)
+    path = resolve(checkpoint)
     if not path.exists():
         raise UserError(f"checkpoint folder {str(checkpoint)!r} does not exist")
     for folder in (path, path.parent, path.parent.parent):

@@ -108,6 +108,6 @@ def load_judge(
                 folders.vocabulary_file(checkpoint)
             )
             models[kind] = BUILDERS[kind](description, vocabulary)
-            frozen[kind] = checkpoints.load_params(checkpoint)
+            frozen[kind] = checkpoints.load_params(folders.resolve(checkpoint))
     judge = judges.learned_judge(models.get("preference"), models.get("reward"))
     return LoadedJudge(judge, frozen)

@@ -42,5 +42,5 @@ def load_policy(checkpoint: str) -> Policy:
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, description.settings.vocab_size)
     network = t5_language_model(description.settings)
-    params = checkpoints.load_params(checkpoint)
+    params = checkpoints.load_params(folders.resolve(checkpoint))
     return Policy(description, network, params, vocabulary, vocabulary_path)

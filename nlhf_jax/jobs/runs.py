@@ -218,4 +218,5 @@ def initial_params(
     if not checkpoint:
         return jax.jit(init)(key)
     folders.find_model_dir(checkpoint)
-    return checkpoints.load_params(checkpoint, jax.eval_shape(init, key))
+    source = folders.resolve(checkpoint)
+    return checkpoints.load_params(source, jax.eval_shape(init, key))
