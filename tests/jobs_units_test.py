@@ -339,3 +339,14 @@ def test_numbers_of_collect_must_be_positive(tmp_path, name):
             **{name: 0},
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_ships_is_found_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = "nlhf_jax/pretrained/docstrings_t5"
+    found = folders.find_model_dir(shipped)
+    assert found.is_absolute() and (found / folders.DESCRIPTION_FILE).is_file()
+    # A folder of that name here comes first.
+    mine = tmp_path / shipped
+    mine.mkdir(parents=True)
+    assert folders.resolve(shipped).resolve() == mine.resolve()
