@@ -27,6 +27,9 @@ from nlhf_jax.types import (
 )
 
 
+DRAW_BLOCK = 128  # ids summed together; near the root of common vocabulary sizes
+
+
 class _Row(NamedTuple):
     """What the loop writes for one speaker."""
 
@@ -49,23 +52,42 @@ def draw(
     """Draws one id per row by inverting the cumulative distribution.
 
     One uniform number per row instead of one per logit: the same distribution as
-    `jax.random.categorical` at a fraction of its cost on a CPU. Temperature 0 takes
-    the most likely id.
+    `jax.random.categorical` at a fraction of its cost on a CPU. The vocabulary is
+    summed in blocks; only the block the number falls into is looked at id by id.
+    Temperature 0 takes the most likely id.
     """
     if temperature == 0:
         return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-    top_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
-    cumulative_RV = jnp.cumsum(jnp.exp(logits_RV - top_R1), axis=-1)
-    total_R1 = cumulative_RV[:, -1:]
-    uniform_R1 = jax.random.uniform(key, total_R1.shape, logits_RV.dtype)
-    # u < 1 keeps u * total below the total except for rounding; the first id whose
-    # cumulative sum exceeds it has probability above 0.
-    target_R1 = jnp.minimum(uniform_R1 * total_R1, _below(total_R1))
-    return jnp.argmax(cumulative_RV > target_R1, axis=-1).astype(jnp.int32)
+    weights_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True))
+    num_blocks = -(-weights_RV.shape[1] // DRAW_BLOCK)
+    missing = num_blocks * DRAW_BLOCK - weights_RV.shape[1]
+    blocks_RNW = jnp.pad(weights_RV, ((0, 0), (0, missing))).reshape(
+        -1, num_blocks, DRAW_BLOCK
+    )
+    sums_RN = blocks_RNW.sum(axis=-1)
+    uniform_R1 = jax.random.uniform(key, (len(sums_RN), 1), logits_RV.dtype)
+    block_R1, rest_R1 = _invert(sums_RN, uniform_R1 * sums_RN.sum(-1, keepdims=True))
+    chosen_RW = jnp.take_along_axis(blocks_RNW, block_R1[..., None], axis=1)[:, 0]
+    id_R1, _ = _invert(chosen_RW, rest_R1)
+    return (block_R1 * DRAW_BLOCK + id_R1)[:, 0].astype(jnp.int32)
 
 
-def _below(x: Float[Array, "R 1"]) -> Float[Array, "R 1"]:
-    return jnp.nextafter(x, jnp.zeros_like(x))
+def _invert(
+    weights_RN: Float[Array, "R N"], target_R1: Float[Array, "R 1"]
+) -> tuple[Int[Array, "R 1"], Float[Array, "R 1"]]:
+    """Returns where the running sum passes the target, and what is left of it there.
+
+    Rounding can neither pick a weight of 0 nor pass the last weight above 0.
+    """
+    cumulative_RN = jnp.cumsum(weights_RN, axis=-1)
+    is_open_RN = weights_RN > 0
+    reached_RN = jnp.where(is_open_RN, cumulative_RN, 0)
+    top_R1 = reached_RN.max(axis=-1, keepdims=True)
+    below_R1 = jnp.nextafter(top_R1, jnp.zeros_like(top_R1))
+    target_R1 = jnp.minimum(target_R1, below_R1)
+    index_R1 = jnp.argmax(reached_RN > target_R1, axis=-1, keepdims=True)
+    before_R1 = jnp.take_along_axis(cumulative_RN - weights_RN, index_R1, axis=-1)
+    return index_R1, jnp.maximum(target_R1 - before_R1, 0)
 
 
 def sample(
