@@ -26,7 +26,6 @@ from nlhf_jax.types import (
     Speaker,
 )
 
-
 DRAW_BLOCK = 128  # ids summed together; near the root of common vocabulary sizes
 
 
@@ -61,13 +60,13 @@ def draw(
     weights_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True))
     num_blocks = -(-weights_RV.shape[1] // DRAW_BLOCK)
     missing = num_blocks * DRAW_BLOCK - weights_RV.shape[1]
-    blocks_RNW = jnp.pad(weights_RV, ((0, 0), (0, missing))).reshape(
+    blocks_RGW = jnp.pad(weights_RV, ((0, 0), (0, missing))).reshape(
         -1, num_blocks, DRAW_BLOCK
     )
-    sums_RN = blocks_RNW.sum(axis=-1)
-    uniform_R1 = jax.random.uniform(key, (len(sums_RN), 1), logits_RV.dtype)
-    block_R1, rest_R1 = _invert(sums_RN, uniform_R1 * sums_RN.sum(-1, keepdims=True))
-    chosen_RW = jnp.take_along_axis(blocks_RNW, block_R1[..., None], axis=1)[:, 0]
+    sums_RG = blocks_RGW.sum(axis=-1)
+    uniform_R1 = jax.random.uniform(key, (len(sums_RG), 1), logits_RV.dtype)
+    block_R1, rest_R1 = _invert(sums_RG, uniform_R1 * sums_RG.sum(-1, keepdims=True))
+    chosen_RW = jnp.take_along_axis(blocks_RGW, block_R1[..., None], axis=1)[:, 0]
     id_R1, _ = _invert(chosen_RW, rest_R1)
     return (block_R1 * DRAW_BLOCK + id_R1)[:, 0].astype(jnp.int32)
 

@@ -10,6 +10,7 @@ Arrays of rank one or more end their name in their dimension letters:
     D  model width                     H  attention heads
     K  width of one head               F  hidden width of the feed-forward block
     L  layers                          M  microbatches
+    G  blocks of the vocabulary        W  ids in a block
 
 Token id 0 is padding unless a vocabulary says otherwise, and a mask is True where
 an entry counts. All log-probabilities are in nats and float32.
