@@ -14,9 +14,11 @@ import pytest
 
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.checks import UserError
+from nlhf_jax.evaluation import exact
 from nlhf_jax.games import matrices, solutions
+from nlhf_jax.models import tabular
+from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE, Feedback, ScoredSample, Speaker
-from tests import tabular
 
 TAU, EXACT = 0.05, 1e-12
 SKEWED = np.array([0.5, 0.3, 0.2])
@@ -98,8 +100,8 @@ def test_the_expected_gradient_is_that_of_the_objective(row, length, float64):
     rng = np.random.default_rng(0)
     game, reward = matrices.random_game(rng, 3**length), rng.normal(size=3**length)
     algorithm = ALGORITHMS[row.name](**row.settings)
-    judge = tabular.table_judge(game, reward, 3)
-    found = tabular.expected_gradient(model, algorithm, judge, sets, length)
+    judge = table_judge(model, game, reward)
+    found = exact.expected_gradient(model, algorithm, judge, sets, length)
     claimed = jax.jit(
         jax.grad(
             lambda params: objective(row, params, sets, game, reward, model, length)
@@ -115,9 +117,9 @@ def one_token_gradient(row, policy, reference, game, reward):
         POLICY: tabular.table(np.log(policy)),
         REFERENCE: tabular.table(np.log(reference)),
     }
-    judge = tabular.table_judge(game, reward, 3)
+    judge = table_judge(model, game, reward)
     algorithm = ALGORITHMS[row.name](**row.settings)
-    return tabular.expected_gradient(model, algorithm, judge, sets, 1)["table"]
+    return exact.expected_gradient(model, algorithm, judge, sets, 1)["table"]
 
 
 @each_algorithm
@@ -171,9 +173,9 @@ def test_the_kl_gradient_is_the_sequence_level_one(float64):
         POLICY: tabular.table([0.4, -0.2], [[1.0, -0.5], [-0.3, 0.8]]),
         REFERENCE: tabular.table(np.log([0.5, 0.5]), np.log([[0.7, 0.3], [0.6, 0.4]])),
     }
-    judge = tabular.table_judge(np.full((4, 4), 0.5), np.zeros(4), 2)
+    judge = table_judge(model, np.full((4, 4), 0.5), np.zeros(4))
     algorithm = ALGORITHMS["self_play"](tau=1.0)
-    found = tabular.expected_gradient(model, algorithm, judge, sets, 2)["table"]
+    found = exact.expected_gradient(model, algorithm, judge, sets, 2)["table"]
     known = [0.087672735173, 0.062853484642, -0.099952849586]
     np.testing.assert_allclose(
         [found[0, 0, 0], found[1, 0, 0], found[1, 1, 0]], known, atol=1e-12

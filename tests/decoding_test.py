@@ -9,8 +9,8 @@ import scipy.stats
 
 from nlhf_jax.checks import UserError
 from nlhf_jax.decoding import draw, sample
+from nlhf_jax.models import tabular
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Speaker
-from tests import tabular
 
 TOY = {
     POLICY: tabular.table([0.4, -0.2], [[1.0, -0.5], [-0.3, 0.8]]),
@@ -36,14 +36,14 @@ def run(speakers, *, batch=4, seed=0, length=2, sets=TOY, vocab_size=2, step=0):
 
     @jax.jit
     def go(sets, key, step):
-        context = tabular.prompts(batch)
+        context = tabular.empty_prompts(batch)
         return sample(model, sets, speakers, context, key, step, max_length=length)
 
     return go(sets, jax.random.key(seed), step)
 
 
 def place(samples):
-    return np.asarray(tabular.index_of(samples.responses, 2))
+    return np.asarray(tabular.index_of(tabular.tabular_model(2, 2), samples.responses))
 
 
 @pytest.mark.parametrize("beta", MIXTURES)

@@ -12,8 +12,9 @@ import optax
 from nlhf_jax import train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.games import matrices, solutions
+from nlhf_jax.models import tabular
+from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests import tabular
 from tests.algorithms_test import SKEWED, TAU, each_algorithm
 
 REWARD = np.array([0.06, -0.02, 0.04])
@@ -28,13 +29,13 @@ def train(algorithm, *, steps=STEPS, seed=0):
     step = train_step.make_train_step(
         model,
         algorithm,
-        tabular.table_judge(matrices.skew(), REWARD, 3),
+        table_judge(model, matrices.skew(), REWARD),
         optimizer,
         max_length=1,
     )
     reference = jax.tree.map(jnp.asarray, tabular.table(np.log(SKEWED)))
     reference = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), reference)
-    prompts, key = tabular.prompts(BATCH), jax.random.key(seed)
+    prompts, key = tabular.empty_prompts(BATCH), jax.random.key(seed)
 
     @jax.jit
     def run(state):
@@ -83,7 +84,7 @@ VOCAB, LENGTH, END = 3, 3, 2
 
 
 def ending_model():
-    return tabular.tabular_model(VOCAB, LENGTH)._replace(eos_id=END)
+    return tabular.tabular_model(VOCAB, LENGTH, eos_id=END)
 
 
 def ending_sets():
@@ -132,7 +133,7 @@ def draw(algorithm, sets, prompts, seed):
 def test_decode_and_teacher_forcing_agree_on_responses_that_end(float64):
     model, sets = ending_model(), ending_sets()
     algorithm = ALGORITHMS["self_play"](tau=TAU)
-    prompts = tabular.prompts(64)
+    prompts = tabular.empty_prompts(64)
     drawn, responses = draw(algorithm, sets, prompts, seed=0)
     (scored,) = train_step.scored_samples(
         model, algorithm, sets[POLICY], sets, prompts, responses
@@ -152,13 +153,15 @@ def test_metrics_are_within_their_standard_error_of_the_truth():
     count = 20_000
     model, sets = ending_model(), ending_sets()
     algorithm, optimizer = ALGORITHMS["self_play"](tau=TAU), optax.sgd(0.0)
-    judge = tabular.table_judge(np.full((27, 27), 0.5), np.zeros(27), VOCAB)
+    judge = table_judge(model, np.full((15, 15), 0.5), np.zeros(15))
     step = train_step.make_train_step(
         model, algorithm, judge, optimizer, max_length=LENGTH
     )
     state = train_step.init_state(sets[POLICY], algorithm, optimizer)
     frozen = {REFERENCE: sets[REFERENCE]}
-    _, metrics = jax.jit(step)(state, frozen, tabular.prompts(count), jax.random.key(1))
+    _, metrics = jax.jit(step)(
+        state, frozen, tabular.empty_prompts(count), jax.random.key(1)
+    )
     tokens, mask = continued()
     policy = log_probs_by_token(sets[POLICY], tokens)
     ratio = policy - log_probs_by_token(sets[REFERENCE], tokens)
@@ -179,12 +182,10 @@ def test_metrics_are_within_their_standard_error_of_the_truth():
 
 def test_what_follows_the_end_has_no_gradient():
     model, sets = ending_model(), ending_sets()
-    algorithm, prompts = ALGORITHMS["self_play"](tau=TAU), tabular.prompts(512)
+    algorithm, prompts = ALGORITHMS["self_play"](tau=TAU), tabular.empty_prompts(512)
     _, responses = draw(algorithm, sets, prompts, seed=2)
     rng = np.random.default_rng(0)
-    judge = tabular.table_judge(
-        matrices.random_game(rng, 27), rng.normal(size=27), VOCAB
-    )
+    judge = table_judge(model, matrices.random_game(rng, 15), rng.normal(size=15))
     feedback = train_step.score(algorithm, judge, {}, prompts, responses)
     examples = (prompts, responses, feedback)
     table = train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
@@ -202,14 +203,14 @@ def test_what_follows_the_end_has_no_gradient():
 def test_the_first_step_starts_at_divergence_zero_exactly(row):
     model, sets = ending_model(), ending_sets()
     algorithm, optimizer = ALGORITHMS[row.name](**row.settings), optax.sgd(0.1)
-    judge = tabular.table_judge(np.full((27, 27), 0.5), np.ones(27), VOCAB)
+    judge = table_judge(model, np.full((15, 15), 0.5), np.ones(15))
     step = train_step.make_train_step(
         model, algorithm, judge, optimizer, max_length=LENGTH
     )
     state = train_step.init_state(sets[REFERENCE], algorithm, optimizer)
     frozen = {REFERENCE: sets[REFERENCE]}
     after, metrics = jax.jit(step)(
-        state, frozen, tabular.prompts(32), jax.random.key(0)
+        state, frozen, tabular.empty_prompts(32), jax.random.key(0)
     )
     assert float(metrics["policy/kl"]) == 0.0
     # Ties and no divergence: no sample moves anything.

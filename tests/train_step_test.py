@@ -10,8 +10,9 @@ import pytest
 from nlhf_jax import train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.games import matrices, solutions
+from nlhf_jax.models import tabular
+from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests import tabular
 from tests.algorithms_test import each_algorithm
 
 LENGTH, VOCAB = 2, 3
@@ -23,7 +24,7 @@ def setting(row, *, game=None, num_microbatches=1, optimizer=None, seed=0):
     rng = np.random.default_rng(seed)
     game = matrices.random_game(rng, SIZE) if game is None else game
     model = tabular.tabular_model(VOCAB, LENGTH)
-    judge = tabular.table_judge(game, rng.normal(size=SIZE), VOCAB)
+    judge = table_judge(model, game, rng.normal(size=SIZE))
     algorithm = ALGORITHMS[row.name](**row.settings)
     optimizer = optimizer or optax.sgd(0.5)
     params = model.init(jax.random.key(seed))
@@ -42,7 +43,7 @@ def setting(row, *, game=None, num_microbatches=1, optimizer=None, seed=0):
 @each_algorithm
 def test_it_compiles_once_and_depends_on_key_and_step_only(row):
     step, state, frozen = setting(row)
-    compiled, prompts = jax.jit(step), tabular.prompts(8)
+    compiled, prompts = jax.jit(step), tabular.empty_prompts(8)
     first, metrics = compiled(state, frozen, prompts, jax.random.key(1))
     again, _ = compiled(state, frozen, prompts, jax.random.key(1))
     other, _ = compiled(state, frozen, prompts, jax.random.key(2))
@@ -61,7 +62,7 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
     results = []
     for parts in (1, 4):
         step, state, frozen = setting(row, num_microbatches=parts)
-        results.append(step(state, frozen, tabular.prompts(8), jax.random.key(3)))
+        results.append(step(state, frozen, tabular.empty_prompts(8), jax.random.key(3)))
     (whole, whole_metrics), (cut, cut_metrics) = results
     np.testing.assert_allclose(
         whole.param_sets[POLICY]["table"], cut.param_sets[POLICY]["table"], atol=1e-12
@@ -73,13 +74,15 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
 @each_algorithm
 def test_frozen_weights_are_arguments_of_the_compiled_step(row):
     step, state, frozen = setting(row)
-    closed = jax.make_jaxpr(step)(state, frozen, tabular.prompts(8), jax.random.key(0))
+    closed = jax.make_jaxpr(step)(
+        state, frozen, tabular.empty_prompts(8), jax.random.key(0)
+    )
     largest = max((np.size(const) for const in closed.consts), default=0)
     # The judge's table is a constant of this test; weights have more entries.
     assert largest <= SIZE * SIZE
     other = {REFERENCE: jax.tree.map(lambda leaf: leaf + 1.5, frozen[REFERENCE])}
     skewed = {REFERENCE: {"table": frozen[REFERENCE]["table"].at[..., 0].add(2.0)}}
-    args = (tabular.prompts(64), jax.random.key(0))
+    args = (tabular.empty_prompts(64), jax.random.key(0))
     same, _ = step(state, frozen, *args)
     shifted, _ = step(state, other, *args)
     moved, _ = step(state, skewed, *args)
@@ -114,7 +117,7 @@ def test_self_play_finds_the_nash_of_a_game_by_sampling(kind):
     row = type("Row", (), {"name": "self_play", "settings": {"tau": tau}})
     step, state, frozen = setting(row, game=game, optimizer=optax.sgd(rate))
     reference = sequence_policy(frozen[REFERENCE])
-    prompts = tabular.prompts(256)
+    prompts = tabular.empty_prompts(256)
 
     @jax.jit
     def train(state):
@@ -138,7 +141,7 @@ def test_a_tie_has_no_say_but_the_regularisation(float64):
     game = np.full((SIZE, SIZE), 0.5)
     step, state, frozen = setting(row, game=game, optimizer=optax.sgd(0.5))
     reference = sequence_policy(frozen[REFERENCE])
-    compiled, prompts = jax.jit(step), tabular.prompts(512)
+    compiled, prompts = jax.jit(step), tabular.empty_prompts(512)
     before = solutions.kl(sequence_policy(state.param_sets[POLICY]), reference)
     for _ in range(60):
         state, _ = compiled(state, frozen, prompts, jax.random.key(0))
@@ -149,7 +152,7 @@ def test_a_tie_has_no_say_but_the_regularisation(float64):
 def test_the_metrics_say_what_was_drawn():
     row = type("Row", (), {"name": "self_play", "settings": {"tau": 0.1}})
     step, state, frozen = setting(row)
-    _, metrics = step(state, frozen, tabular.prompts(8), jax.random.key(0))
+    _, metrics = step(state, frozen, tabular.empty_prompts(8), jax.random.key(0))
     assert float(metrics["response/length"]) == LENGTH
     assert float(metrics["response/eos_rate"]) == 0.0
     assert float(metrics["decode/steps"]) == LENGTH
