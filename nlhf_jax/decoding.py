@@ -58,17 +58,19 @@ def draw(
     if temperature == 0:
         return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
     weights_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True))
-    num_blocks = -(-weights_RV.shape[1] // DRAW_BLOCK)
-    missing = num_blocks * DRAW_BLOCK - weights_RV.shape[1]
+    vocab_size = weights_RV.shape[1]
+    block = min(DRAW_BLOCK, vocab_size)
+    num_blocks = -(-vocab_size // block)
+    missing = num_blocks * block - vocab_size
     blocks_RGW = jnp.pad(weights_RV, ((0, 0), (0, missing))).reshape(
-        -1, num_blocks, DRAW_BLOCK
+        -1, num_blocks, block
     )
     sums_RG = blocks_RGW.sum(axis=-1)
     uniform_R1 = jax.random.uniform(key, (len(sums_RG), 1), logits_RV.dtype)
     block_R1, rest_R1 = _invert(sums_RG, uniform_R1 * sums_RG.sum(-1, keepdims=True))
     chosen_RW = jnp.take_along_axis(blocks_RGW, block_R1[..., None], axis=1)[:, 0]
     id_R1, _ = _invert(chosen_RW, rest_R1)
-    return (block_R1 * DRAW_BLOCK + id_R1)[:, 0].astype(jnp.int32)
+    return (block_R1 * block + id_R1)[:, 0].astype(jnp.int32)
 
 
 def _invert(
