@@ -164,7 +164,6 @@ def run_train(data, policy, preference_model, reward_model):
             "reference_checkpoint": str(policy),
             "preference_checkpoint": str(preference_model),
             "reward_checkpoint": str(reward_model),
-            "max_decode_length": LENGTHS["targets"],
             "num_eval_examples": 4,
         }
         train(

@@ -32,7 +32,7 @@ def train(
     preference_checkpoint: str = "",
     reward_checkpoint: str = "",
     initial_checkpoint_path: str = "",
-    max_decode_length: int = 32,
+    max_decode_length: int = 0,
     seed: int = 0,
     num_eval_examples: int = 64,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
@@ -50,7 +50,7 @@ def train(
         asks for comparisons.
       reward_checkpoint: model folder of the reward model, where it asks for ratings.
       initial_checkpoint_path: where the policy starts; empty is the reference.
-      max_decode_length: longest response in tokens.
+      max_decode_length: longest response in tokens; 0 is the reference's own.
       seed: of the prompts' order and of sampling.
       num_eval_examples: held-out prompts answered at each evaluation.
       mesh: how devices are laid out.
@@ -67,6 +67,9 @@ def train(
     )
     prompts = data_batches.load_supervised(data, "train", reference.vocabulary)
     held_out = data_batches.load_supervised(data, "evaluation", reference.vocabulary)
+    max_decode_length = (
+        max_decode_length or reference.description.feature_lengths["targets"]
+    )
     frozen = {REFERENCE: reference.params} | judge.frozen
     transformation, rate = runs.optimizer_and_rate(optimizer, loop.train_steps)
     network = reference.network
