@@ -157,7 +157,7 @@ class DataSettings:
     """Which texts a job reads and how they become tokens.
 
     Attributes:
-      mixture_or_task_name: "docstrings", "docstrings_and_signatures", "debian", "tldr",
+      mixture_or_task_name: "docstrings", "docstrings_pretraining", "debian", "tldr",
         "jsonl", or a seqio task or mixture the user has registered.
       task_feature_lengths: {"inputs": S, "targets": T}, the longest prompt and response
         in tokens, the end token included.

@@ -29,7 +29,8 @@ def corpus():
             f"package{number // 2}",
             f"package{number // 2}.f{number}",
             ("pipe", "valve"),
-            f"It reads the pressure of pipe {number} and of every valve behind it.",
+            f"It reads the pressure of pipe {number} and of every valve behind it."
+            + " The values stay until the pipe is closed." * (number == 40),
             f"Measures pipe {number}",
         )
         for number in range(200)
@@ -276,7 +277,7 @@ def test_tokens_of_a_task_are_those_of_plain_encoding(trained, corpus):
 
 
 @pytest.mark.parametrize(
-    ("task", "more"), [("docstrings", 0), ("docstrings_and_signatures", 1)]
+    ("task", "more"), [("docstrings", 0), ("docstrings_pretraining", 2)]
 )
 def test_docstring_tasks_read_the_prepared_corpus(prepared, corpus, task, more):
     lengths = {"inputs": 200, "targets": 40}
@@ -284,7 +285,9 @@ def test_docstring_tasks_read_the_prepared_corpus(prepared, corpus, task, more):
     vocabulary = vocabularies.vocabulary_for(settings)
     splits = docstrings.split_pairs(corpus.pairs, corpus.signatures)
     data = batches.load_supervised(settings, "train", vocabulary)
-    expected = [*splits["train"], *(splits["signatures"] if more else [])]
+    added = [*splits["signatures"], *splits["quotes"]] if more else []
+    assert len(added) == more
+    expected = [*splits["train"], *added]
     assert data.prompt_texts == [pair.prompt for pair in expected]
     assert data.target_texts == [pair.summary for pair in expected]
     data = batches.load_supervised(settings, "evaluation", vocabulary)

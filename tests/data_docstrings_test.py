@@ -2,6 +2,7 @@
 """The docstring corpus on small made-up source trees."""
 
 import ast
+import dataclasses
 import hashlib
 import pathlib
 import textwrap
@@ -231,7 +232,8 @@ def test_no_package_and_no_text_stands_in_both_splits(tmp_path):
     sizes[large] = 40
     corpus = docstrings.read_corpus(_packages(tmp_path, sizes))
     splits = docstrings.split_pairs(corpus.pairs)
-    assert sum(map(len, splits.values())) == len(corpus.pairs) == sum(sizes.values())
+    num_own = len(splits["train"]) + len(splits["evaluation"])
+    assert num_own == len(corpus.pairs) == sum(sizes.values())
     for field in ("package", "body", "summary"):
         train, evaluation = (
             {getattr(pair, field) for pair in splits[split]}
@@ -269,6 +271,19 @@ def test_definitions_without_a_body_are_kept_apart_and_out_of_evaluation(tmp_pat
     ]
     splits = docstrings.split_pairs(corpus.pairs, corpus.signatures)
     assert [pair.prompt for pair in splits["signatures"]] == ["package0.more.g(a, b):"]
+
+
+def test_quotes_want_words_of_the_body_under_their_label():
+    body = " ".join(f"w{number}" for number in range(1, 23))
+    pair = docstrings.Pair("p", "p.f", ("a",), body, "Opens it")
+    first, later = docstrings.quotes(pair)
+    assert first.prompt == f"Quote: p.f(a): {body}"
+    assert first.summary == " ".join(f"w{number}" for number in range(1, 17))
+    assert later.prompt == f"Quote on: p.f(a): {body}"
+    assert later.summary == " ".join(f"w{number}" for number in range(7, 23))
+    shorter = dataclasses.replace(pair, body=body.rsplit(" ", 1)[0])
+    assert docstrings.quotes(shorter) == [dataclasses.replace(first, body=shorter.body)]
+    assert docstrings.quotes(dataclasses.replace(pair, body="w1 w2")) == []
 
 
 # -------------------------------------------------------------- what is installed

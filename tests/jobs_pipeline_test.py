@@ -298,10 +298,12 @@ def test_the_same_command_again_does_nothing(work, data, policy):
     assert (policy / "metrics.jsonl").read_text() == before
 
 
-def test_three_steps_and_three_more_are_six(work, data):
+def test_three_steps_and_three_more_are_six(work, data, capsys):
     whole = run_sft(work / "six", data, steps(6))
     parts = run_sft(work / "three_and_three", data, steps(3))
+    assert "continuing" not in capsys.readouterr().err
     run_sft(parts, data, steps(6))
+    assert f"sft: continuing from step 3 in {parts}" in capsys.readouterr().err
     assert_same_params(whole, parts)
 
 

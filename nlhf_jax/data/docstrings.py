@@ -27,10 +27,12 @@ from nlhf_jax.data.docstring_text import (
     split_docstring,
 )
 
-RECIPE = 2  # raise it when the same files would give other pairs
+RECIPE = 3  # raise it when the same files would give other pairs
 EVALUATION_SHARE = 0.08
 LARGE_PACKAGE_SHARE = 0.02
 MAX_PARAMETERS = 8
+QUOTES = {"Quote": 0, "Quote on": 6}  # label -> first word of the quote
+QUOTED_WORDS = 16
 
 _SKIPPED_FOLDER = re.compile(
     r"_?testing|tests?|idle_test|test_?data|(site|dist)-packages|__pycache__|"
@@ -311,16 +313,38 @@ def evaluation_packages(pairs: Sequence[Pair]) -> frozenset[str]:
 def split_pairs(
     pairs: Sequence[Pair], signatures: Sequence[Pair] = ()
 ) -> dict[str, list[Pair]]:
-    """Returns the splits "train", "evaluation" and "signatures".
+    """Returns the splits "train", "evaluation", "signatures" and "quotes".
 
-    No package of the evaluation stands in one of the others.
+    No package of the evaluation stands in one of the others. The quotes are those of
+    the training pairs.
     """
     held_out = evaluation_packages(pairs)
+    train = [pair for pair in pairs if pair.package not in held_out]
     return {
-        "train": [pair for pair in pairs if pair.package not in held_out],
+        "train": train,
         "evaluation": [pair for pair in pairs if pair.package in held_out],
         "signatures": [pair for pair in signatures if pair.package not in held_out],
+        "quotes": [quote for pair in train for quote in quotes(pair)],
     }
+
+
+def quotes(pair: Pair) -> list[Pair]:
+    """Returns pairs that ask for words of the body, under a label before the name.
+
+    "Quote: f(x): ..." wants the first QUOTED_WORDS words of the body, "Quote on: ..."
+    as many later ones. A small model hardly learns to copy a word from summaries
+    alone, where it is one way among others to be right; quotes can be had by no other.
+    """
+    words = pair.body.split()
+    return [
+        dataclasses.replace(
+            pair,
+            name=f"{label}: {pair.name}",
+            summary=" ".join(words[start : start + QUOTED_WORDS]),
+        )
+        for label, start in QUOTES.items()
+        if len(words) >= start + QUOTED_WORDS
+    ]
 
 
 def main(lock_file: str = "") -> None:

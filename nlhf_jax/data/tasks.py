@@ -103,10 +103,13 @@ def _docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any:
     return _docstring_task("docstrings", splits, settings, vocabulary)
 
 
-def _docstrings_and_signatures(settings: DataSettings, vocabulary: Vocabulary) -> Any:
-    """The same evaluation; training also reads definitions without a body."""
-    splits = {"train": "train+signatures", "evaluation": "evaluation"}
-    return _docstring_task("docstrings_and_signatures", splits, settings, vocabulary)
+def _docstrings_pretraining(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+    """The same evaluation; training also reads definitions without a body, and quotes.
+
+    They teach a model that starts from nothing the language, and to copy.
+    """
+    splits = {"train": "train+signatures+quotes", "evaluation": "evaluation"}
+    return _docstring_task("docstrings_pretraining", splits, settings, vocabulary)
 
 
 def _docstring_task(
@@ -182,7 +185,7 @@ _FIELDS = {
 _BUILDERS: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {
     SUPERVISED: {
         "docstrings": _docstrings,
-        "docstrings_and_signatures": _docstrings_and_signatures,
+        "docstrings_pretraining": _docstrings_pretraining,
         "debian": _rows_of(SUPERVISED, debian.splits),
         "jsonl": _rows_of(
             SUPERVISED, lambda s: jsonl.read_splits(s, jsonl.PROMPT_FIELDS)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,11 @@ def run(
         latest = checkpointer.latest_step()
         if latest is not None:
             state = checkpointer.restore(latest, state)
+            # A forgotten folder must not pass for a fresh start.
+            print(
+                f"{training.name}: continuing from step {latest} in {folder}",
+                file=sys.stderr,
+            )
         start_step = int(state.step)
         writer = metrics.MetricWriter(folder, start_step)
         if start_step == 0:
