@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tabular algorithms as scans of one rule with different opponents.
+"""Runs the tabular algorithms of `games.methods`: one game, or many at once.
 
-    log pi' = (1 - s tau) log pi + s tau log mu + s v + const                    (U)
+    path = solve("nash_md", make_game(matrix, reference, tau), start, num_steps=1000)
 
-with step size s and payoff v = P(. > opponent). The notation is that of
-`games.solutions`; logits are natural logarithms of policies up to a constant.
+A method's program is compiled once per shape; games, taus, references and step sizes
+are its arguments.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,118 +16,53 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
+from nlhf_jax.checks import UserError, check_integer, check_range
 from nlhf_jax.games.matrices import check_preference_matrix
+from nlhf_jax.games.methods import (
+    ALIASES,
+    METHODS,
+    Game,
+    Iterate,
+    Knobs,
+    Method,
+    begin,
+    decreasing,
+    find_method,
+)
 from nlhf_jax.games.solutions import Policy, regularised_nash
 from nlhf_jax.types import Schedule
 
+__all__ = [
+    "ALIASES",
+    "METHODS",
+    "Game",
+    "Outcome",
+    "averaged_gap",
+    "decreasing",
+    "find_method",
+    "gap",
+    "gaps",
+    "make_game",
+    "make_games",
+    "path",
+    "proximal_point",
+    "solve",
+    "solve_many",
+]
 
-class Game(NamedTuple):
-    """A preference game regularised to a reference; tau = 0 leaves it unregularised."""
-
-    preference_NN: Float[Array, "N N"]
-    reference_N: Float[Array, "N"]
-    tau: float
-
-
-class Iterate(NamedTuple):
-    """Where an algorithm stands: its policy, and the payoff it met one step earlier."""
-
-    logits_N: Float[Array, "N"]
-    last_payoff_N: Float[Array, "N"]
-
-
-Logits = Float[Array, "N"]
-Method = Callable[[Game, Iterate, jax.Array], Iterate]
-
-
-def payoff(game: Game, logits_N: Logits) -> Logits:
-    """Returns P(y > opponent) for each action y against softmax(logits)."""
-    return game.preference_NN @ jax.nn.softmax(logits_N)
+# Rounding may put the first of the decreasing sizes above 1 / tau.
+ROUNDING = 1e-12
 
 
-def rule(game: Game, logits_N: Logits, payoff_N: Logits, size: jax.Array) -> Logits:
-    """Returns the logits after rule (U), shifted to log-probabilities."""
-    weight = size * game.tau
-    log_reference_N = jnp.log(game.reference_N)
-    return jax.nn.log_softmax(
-        (1 - weight) * logits_N + weight * log_reference_N + size * payoff_N
-    )
+class Outcome(NamedTuple):
+    """What many runs end at: their last policies, and the means of all but the last.
 
-
-def mirror_descent(game: Game, iterate: Iterate, size: jax.Array) -> Iterate:
-    """Plays against itself: online mirror descent.
-
-    At tau > 0 the last iterate converges where s is small against tau, else it cycles.
-    At tau = 0 this is multiplicative weights: only the average iterate converges.
-    With s = eta / (1 + eta tau) it is magnetic mirror descent with magnet mu.
-
-    Source: Munos et al., 2024, arXiv 2312.00886, eq. 8; Sokota et al., 2023,
-    arXiv 2206.05825.
+    The mean counts the start, and not the policy after the last step: it is that of
+    the policies played.
     """
-    value_N = payoff(game, iterate.logits_N)
-    return Iterate(rule(game, iterate.logits_N, value_N, size), value_N)
 
-
-def nash_md(game: Game, iterate: Iterate, size: jax.Array) -> Iterate:
-    """Plays against its geometric mixture with the reference, of weight s tau.
-
-    With s_t = 2 / (tau (t + 2)) the last iterate converges to the Nash equilibrium at
-    tau; with a constant s it does not, but stops at the policy that best-responds to
-    its mixture (where it does not cycle).
-
-    Source: Munos et al., 2024, arXiv 2312.00886, eq. 3 to 5 and Theorem 1.
-    """
-    weight = size * game.tau
-    log_reference_N = jnp.log(game.reference_N)
-    mixture_N = (1 - weight) * iterate.logits_N + weight * log_reference_N
-    value_N = payoff(game, mixture_N)
-    return Iterate(rule(game, iterate.logits_N, value_N, size), value_N)
-
-
-def extragradient(game: Game, iterate: Iterate, size: jax.Array) -> Iterate:
-    """Plays against the policy that one step of mirror descent would give.
-
-    The last iterate converges linearly, also where mirror descent cycles. With
-    s = 2 / (1 + 2 tau) it is mirror prox and KL(pi*, pi) shrinks by 1 / (1 + 2 tau).
-
-    Source: Zhou et al., 2025, arXiv 2503.08942; Tiapkin et al., 2025,
-    arXiv 2505.19731.
-    """
-    half_N = mirror_descent(game, iterate, size).logits_N
-    value_N = payoff(game, half_N)
-    return Iterate(rule(game, iterate.logits_N, value_N, size), value_N)
-
-
-def optimistic(game: Game, iterate: Iterate, size: jax.Array) -> Iterate:
-    """Plays against a guess: twice the payoff met now, less the one met before.
-
-    At tau = 0 this is optimistic multiplicative weights, whose last iterate converges
-    where the equilibrium has full support.
-
-    Source: Daskalakis and Panageas, 2019, arXiv 1807.04252.
-    """
-    value_N = payoff(game, iterate.logits_N)
-    guess_N = 2 * value_N - iterate.last_payoff_N
-    return Iterate(rule(game, iterate.logits_N, guess_N, size), value_N)
-
-
-METHODS: dict[str, Method] = {
-    "mirror_descent": mirror_descent,
-    "nash_md": nash_md,
-    "extragradient": extragradient,
-    "optimistic": optimistic,
-}
-
-
-def decreasing(tau: float) -> Schedule:
-    """Returns Nash-MD's step sizes t -> 2 / (tau (t + 2)), from t = 0.
-
-    Raises:
-      UserError: tau is not above 0.
-    """
-    check_range("tau", tau, 0.0, low_open=True)
-    return lambda t: 2 / (tau * (t + 2))
+    last_BN: Float[Array, "B N"]
+    average_BN: Float[Array, "B N"]
 
 
 def make_game(preference_NN: np.ndarray, reference_N: np.ndarray, tau: float) -> Game:
@@ -142,39 +78,185 @@ def make_game(preference_NN: np.ndarray, reference_N: np.ndarray, tau: float) ->
     return Game(jnp.asarray(matrix), jnp.asarray(reference_N), tau)
 
 
+def make_games(
+    preference_BNN: np.ndarray, reference_N: np.ndarray, tau: float | np.ndarray
+) -> Game:
+    """Returns B games as one `Game` for `solve_many` if their parts are valid.
+
+    Args:
+      preference_BNN: B matrices of one size: different games, or the prompts of a
+        contextual game.
+      reference_N: one reference for all, or one each, [B, N].
+      tau: one tau for all, or one each, [B].
+
+    Raises:
+      UserError: as for `make_game`, by the first game that is wrong.
+    """
+    preference_BNN = np.asarray(preference_BNN, np.float64)
+    if preference_BNN.ndim != 3 or not len(preference_BNN):
+        raise UserError(
+            f"games must be an array of matrices [B, N, N], got shape "
+            f"{preference_BNN.shape}"
+        )
+    num_games, size = preference_BNN.shape[:2]
+    reference_BN = _broadcast("reference", reference_N, (num_games, size))
+    tau_B = _broadcast("tau", tau, (num_games,))
+    for parts in zip(preference_BNN, reference_BN, tau_B.tolist(), strict=True):
+        make_game(*parts)
+    return Game(*(jnp.asarray(part) for part in (preference_BNN, reference_BN, tau_B)))
+
+
+def path(
+    advance: Callable[[Game, Iterate, Knobs], Iterate],
+    game: Game,
+    start_N: Float[Array, "N"],
+    sizes_T: Float[Array, "T"],
+    beta: Float[Array, ""] | float = 0.0,
+    interval: int = 0,
+) -> Float[Array, "T N"]:
+    """Returns the policies after steps 1 to T: `solve` without its checks.
+
+    It is pure, so it may be mapped (`jax.vmap`) over games, taus, references, starts,
+    step sizes and betas, and differentiated.
+    """
+    steps = (jnp.arange(sizes_T.shape[0]), sizes_T)
+
+    def body(iterate: Iterate, now):
+        iterate = _step(advance, game, iterate, now, beta, interval)
+        return iterate, iterate.logits_N
+
+    return jax.nn.softmax(jax.lax.scan(body, begin(game, start_N), steps)[1], axis=-1)
+
+
 def solve(
     method: str,
     game: Game,
     start_N: np.ndarray,
     *,
-    step_size: float | Schedule,
+    step_size: float | Schedule | None = None,
     num_steps: int,
+    beta: float | None = None,
+    interval: int | None = None,
 ) -> Float[Array, "T N"]:
     """Returns the policies after steps 1 to T of a method.
 
     Args:
-      method: a name of `METHODS`.
+      method: a name of `METHODS` or `ALIASES`.
       game: what is played, from `make_game`.
       start_N: the policy before the first step, above 0 everywhere.
-      step_size: s, or step number (from 0) -> s; 0 < s and s tau <= 1.
+      step_size: s, or step number (from 0) -> s; 0 < s and s tau <= 1. None takes the
+        method's usual one.
       num_steps: T.
+      beta: weight of the reference in a fixed mixture, or decay of a moving average;
+        None takes the method's usual one.
+      interval: steps after which the magnet moves to the policy and a schedule begins
+        again; 0 is never, None takes the method's usual one.
 
     Raises:
       UserError: an unknown method, a start that is no distribution with full support,
-        or a step size out of range.
+        a step size out of range, or a beta the method does not read.
     """
-    advance = METHODS[check_choice("method", method, METHODS)]
-    check_integer("num_steps", num_steps, 1)
+    recipe = find_method(method)
+    interval = _interval(recipe, interval)
     start_N = _check_policy("start", start_N, len(game.reference_N))
-    sizes_T = jnp.asarray(_step_sizes(step_size, game.tau, num_steps))
-    logits_N = jnp.log(jnp.asarray(start_N))
-    start = Iterate(logits_N, payoff(game, logits_N))
+    if not recipe.is_regularised:
+        game = game._replace(tau=0.0)
+    sizes_T = _step_sizes(recipe, step_size, float(game.tau), num_steps, interval)
+    return _jitted_path(
+        recipe.advance,
+        game,
+        jnp.asarray(start_N),
+        jnp.asarray(sizes_T),
+        _beta(method, recipe, beta),
+        interval,
+    )
 
-    def body(iterate: Iterate, size: jax.Array):
-        iterate = advance(game, iterate, size)
-        return iterate, jax.nn.softmax(iterate.logits_N)
 
-    return jax.lax.scan(body, start, sizes_T)[1]
+def solve_many(
+    method: str,
+    games: Game,
+    start_N: np.ndarray,
+    *,
+    step_size: float | np.ndarray | Schedule | None = None,
+    num_steps: int,
+    beta: float | None = None,
+    interval: int | None = None,
+) -> Outcome:
+    """Returns where B runs of a method end, in one program for all.
+
+    Args:
+      method: a name of `METHODS` or `ALIASES`.
+      games: B games of one size, from `make_games`.
+      start_N: one start for all, or one each, [B, N].
+      step_size: as for `solve`, or one number each, [B].
+      num_steps: T.
+      beta: as for `solve`.
+      interval: as for `solve`.
+
+    Raises:
+      UserError: as for `solve`.
+    """
+    recipe = find_method(method)
+    interval = _interval(recipe, interval)
+    start_BN = _broadcast("start", start_N, games.reference_N.shape)
+    for policy_N in start_BN:
+        _check_policy("start", policy_N, len(policy_N))
+    if not recipe.is_regularised:
+        games = games._replace(tau=jnp.zeros_like(games.tau))
+    sizes_BT = _sizes_of_all(recipe, step_size, games, num_steps, interval)
+    return _jitted_ends(
+        recipe.advance,
+        games,
+        jnp.asarray(start_BN),
+        jnp.asarray(sizes_BT),
+        _beta(method, recipe, beta),
+        interval,
+    )
+
+
+def gap(game: Game, policy_N: Float[Array, "N"]) -> Float[Array, ""]:
+    """Returns max over pi' of P_tau(pi' > pi) - 1/2, which is 0 at the Nash only.
+
+    In closed form tau log sum_y mu(y) exp(P(y > pi) / tau) + tau KL(pi, mu) - 1/2, and
+    max over y of P(y > pi) - 1/2 at tau = 0: `solutions.regularised_gap` and
+    `solutions.exploitability` under jit and vmap; docs/math.md (9), (10).
+    """
+    value_N = game.preference_NN @ policy_N
+    is_soft = jnp.asarray(game.tau) > 0
+    tau = jnp.where(is_soft, game.tau, 1.0)
+    log_reference_N = jnp.log(game.reference_N)
+    # 0 log 0 = 0
+    held_N = jnp.where(policy_N > 0, policy_N, 1.0)
+    kl = jnp.sum(policy_N * (jnp.log(held_N) - log_reference_N))
+    soft = tau * (jax.nn.logsumexp(log_reference_N + value_N / tau) + kl)
+    return jnp.where(is_soft, soft, value_N.max()) - 0.5
+
+
+@jax.jit
+def gaps(games: Game, policy_BN: Float[Array, "B N"]) -> Float[Array, "B"]:
+    """Returns the gap of one policy in each of B games."""
+    return jax.vmap(gap)(games, policy_BN)
+
+
+def averaged_gap(
+    games: Game, policy_BN: Float[Array, "B N"], rho_B: np.ndarray
+) -> Float[Array, ""]:
+    """Returns the gap of a contextual policy: sum over prompts of rho(x) gap(x).
+
+    Preference and KL are means over x ~ rho and a policy is free to answer each prompt
+    by itself, so the best response is one per prompt; docs/math.md (15).
+
+    Raises:
+      UserError: rho is not B weights of at least 0 that sum to 1.
+    """
+    rho_B = np.asarray(rho_B, np.float64)
+    is_good = rho_B.shape == games.tau.shape and (rho_B >= 0).all()
+    if not is_good or abs(rho_B.sum() - 1) > 1e-6:
+        raise UserError(
+            f"rho must be {len(games.tau)} weights of at least 0 that sum to 1, got "
+            f"{rho_B}"
+        )
+    return jnp.asarray(rho_B) @ gaps(games, policy_BN)
 
 
 def proximal_point(
@@ -182,29 +264,104 @@ def proximal_point(
 ) -> list[Policy]:
     """Returns references mu_1 to mu_T, each the regularised Nash at the one before.
 
-    The sequence converges to a Nash equilibrium without regularisation.
+    The sequence converges to a Nash equilibrium without regularisation;
+    docs/math.md (24).
 
     Source: Liu et al., 2024, arXiv 2410.23223 (COMAL), with exact inner solutions.
     """
-    path = []
+    references = []
     for _ in range(check_integer("num_steps", num_steps, 1)):
         reference_N = regularised_nash(preference_NN, reference_N, tau)
-        path.append(reference_N)
-    return path
+        references.append(reference_N)
+    return references
 
 
-def _step_sizes(step_size: float | Schedule, tau: float, num_steps: int) -> np.ndarray:
-    given = step_size(np.arange(num_steps)) if callable(step_size) else step_size
+def _step(advance, game, iterate, now, beta, interval) -> Iterate:
+    """Advances once, and moves the magnet where its interval is over."""
+    number, size = now
+    iterate = advance(game, iterate, Knobs(size, beta))
+    if not interval:
+        return iterate
+    is_over = (number + 1) % interval == 0
+    magnet_N = jnp.where(is_over, iterate.logits_N, iterate.log_magnet_N)
+    return iterate._replace(log_magnet_N=magnet_N)
+
+
+def _ends(advance, games, start_BN, sizes_BT, beta, interval) -> Outcome:
+    def one(game, start_N, sizes_T):
+        def body(carry, now):
+            iterate, total_N = carry
+            total_N = total_N + jax.nn.softmax(iterate.logits_N)
+            return (_step(advance, game, iterate, now, beta, interval), total_N), None
+
+        steps = (jnp.arange(sizes_T.shape[0]), sizes_T)
+        start = (begin(game, start_N), jnp.zeros_like(start_N))
+        (iterate, total_N), _ = jax.lax.scan(body, start, steps)
+        return jax.nn.softmax(iterate.logits_N), total_N / sizes_T.shape[0]
+
+    return Outcome(*jax.vmap(one)(games, start_BN, sizes_BT))
+
+
+# One program per method, interval and shape, for as long as Python runs.
+_static = functools.partial(jax.jit, static_argnums=(0, 5))
+_jitted_path, _jitted_ends = _static(path), _static(_ends)
+
+
+def _interval(recipe: Method, interval: int | None) -> int:
+    return recipe.interval if interval is None else check_integer("interval", interval)
+
+
+def _beta(name: str, recipe: Method, beta: float | None) -> Float[Array, ""]:
+    if beta is not None and recipe.beta is None:
+        raise UserError(f"method {name!r} reads no beta, got {beta}")
+    beta = recipe.beta if beta is None else check_range("beta", beta, 0.0, 1.0)
+    return jnp.asarray(beta or 0.0)
+
+
+def _step_sizes(
+    recipe: Method,
+    step_size: float | Schedule | None,
+    tau: float,
+    num_steps: int,
+    interval: int,
+) -> np.ndarray:
+    numbers_T = np.arange(check_integer("num_steps", num_steps, 1))
+    if interval:
+        numbers_T = numbers_T % interval
+    given = recipe.step_size(tau) if step_size is None else step_size
+    given = given(numbers_T) if callable(given) else given
     sizes_T = np.broadcast_to(np.asarray(given, np.float64), num_steps)
-    # Rounding may put the first of the decreasing sizes above 1 / tau.
-    is_good_T = (sizes_T > 0) & (sizes_T * tau <= 1 + 1e-12)
+    largest = recipe.largest(tau)
+    is_good_T = (sizes_T > 0) & (sizes_T <= largest * (1 + ROUNDING))
     if not is_good_T.all():
-        bad = sizes_T[~is_good_T][0]
         raise UserError(
-            f"step_size must be above 0 with step_size * tau <= 1, got {bad} at tau "
-            f"{tau}"
+            f"step_size must be above 0 and at most {largest:g} at tau {tau:g} "
+            f"(step_size * tau <= 1), got {sizes_T[~is_good_T][0]}"
         )
     return sizes_T
+
+
+def _sizes_of_all(recipe, step_size, games: Game, num_steps, interval) -> np.ndarray:
+    """Returns step sizes [B, T]; games of one tau and size share the work."""
+    tau_B = np.asarray(games.tau, np.float64).tolist()
+    if step_size is None or callable(step_size):
+        given_B = [step_size] * len(tau_B)
+    else:
+        given_B = _broadcast("step_size", step_size, games.tau.shape).tolist()
+    kinds_B = list(zip(given_B, tau_B, strict=True))
+    rows = {
+        kind: _step_sizes(recipe, *kind, num_steps, interval) for kind in {*kinds_B}
+    }
+    return np.stack([rows[kind] for kind in kinds_B])
+
+
+def _broadcast(name: str, given, shape: tuple[int, ...]) -> np.ndarray:
+    given = np.asarray(given, np.float64)
+    if given.shape not in (shape, shape[1:]):
+        raise UserError(
+            f"{name} must have shape {shape} or {shape[1:]}, got {given.shape}"
+        )
+    return np.broadcast_to(given, shape)
 
 
 def _check_policy(name: str, policy_N: np.ndarray, size: int) -> np.ndarray:
