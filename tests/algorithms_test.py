@@ -92,13 +92,14 @@ def objective(row, params, constants, game, reward, model, length):
 
 
 @each_algorithm
-@pytest.mark.parametrize("length", [1, 2])
-def test_the_expected_gradient_is_that_of_the_objective(row, length, float64):
-    model = tabular.tabular_model(3, length)
+@pytest.mark.parametrize("length, eos_id", [(1, -1), (2, -1), (2, 1), (3, 0)])
+def test_the_expected_gradient_is_that_of_the_objective(row, length, eos_id, float64):
+    model = tabular.tabular_model(3, length, eos_id=eos_id)
     keys = jax.random.split(jax.random.key(length))
     sets = {POLICY: model.init(keys[0]), REFERENCE: model.init(keys[1])}
+    size = len(tabular.all_responses(model, length).tokens_BT)
     rng = np.random.default_rng(0)
-    game, reward = matrices.random_game(rng, 3**length), rng.normal(size=3**length)
+    game, reward = matrices.random_game(rng, size), rng.normal(size=size)
     algorithm = ALGORITHMS[row.name](**row.settings)
     judge = table_judge(model, game, reward)
     found = exact.expected_gradient(model, algorithm, judge, sets, length)
@@ -133,6 +134,33 @@ def test_the_gradient_is_zero_at_the_documented_fixed_point(row, seed, float64):
 
 
 @each_algorithm
+def test_the_gradient_is_not_zero_beside_the_fixed_point(row, float64):
+    game, reward = matrices.skew(), np.array([0.06, -0.02, 0.04])
+    point = row.fixed_point(game, reward, SKEWED)
+    for move in 0.01 * np.eye(3):
+        beside = solutions.normalise(np.log(point) + move)
+        gradient = one_token_gradient(row, beside, SKEWED, game, reward)
+        assert np.abs(gradient).max() > 1e-5
+
+
+@each_algorithm
+def test_the_fixed_point_is_found_from_the_gradient_alone(row):
+    game, reward = matrices.skew(), np.array([0.06, -0.02, 0.04])
+    known = row.fixed_point(game, reward, SKEWED)
+    found, slope = exact.fixed_point(
+        tabular.tabular_model(3, 1),
+        ALGORITHMS[row.name](**row.settings),
+        (game, reward),
+        {REFERENCE: tabular.table(np.log(SKEWED))},
+        tabular.table(np.log(known) + np.array([0.3, -0.2, 0.1])),
+        1,
+    )
+    assert slope < EXACT
+    # A slope of 1e-14 leaves more in the policy: it grows by about tau pi a nat.
+    np.testing.assert_allclose(found, known, rtol=0, atol=1e-11)
+
+
+@each_algorithm
 def test_the_gradient_is_not_zero_at_the_reference(row, float64):
     utility = np.array([0.1, 0.9, 0.4])
     gradient = one_token_gradient(
@@ -148,38 +176,102 @@ def test_a_fixed_beta_is_not_the_nash_at_tau(float64):
     assert np.abs(gradient).max() > 1e-4
 
 
-# Ascent directions computed independently (numpy, float64, twelve decimals) for the
-# skew game, reference (.5, .3, .2), tau .05 and policy logits (.3, -.1, .2).
-KNOWN_DIRECTIONS = {
-    0.0: (-0.014588433779, -0.008404071836, 0.022992505615),
-    0.25: (-0.010976987801, -0.012643013524, 0.023620001325),
-    1.0: (-0.002157893824, -0.023713092828, 0.025870986652),
+# The skew game, reference (.5, .3, .2), tau .05 and policy logits (.3, -.1, .2), by
+# weight of the reference; computed independently (numpy, float64, twelve decimals or
+# more). The opponent, P(y > opponent) - 1/2 - tau lr(y), the ascent direction, and what
+# the direction would be if the opponent were differentiated as well.
+LOGITS = np.array([0.3, -0.1, 0.2])
+KNOWN = {
+    0.0: (
+        (0.38832576801688, 0.26030254669390, 0.35137168528922),
+        (-0.04071282110889, -0.03543109112366, 0.06229111428106),
+        (-0.01458843377915, -0.00840407183632, 0.02299250561547),
+        (0.006129132812, 0.002666070975, -0.008795203732),
+    ),
+    0.125: (
+        (0.40352467091312, 0.26676934940661, 0.32970597968027),
+        (-0.03291974888367, -0.04063744226380, 0.06620410487866),
+        (-0.01274499938947, -0.01055216381893, 0.02329716320839),
+        (0.005016915994, -0.001336138977, -0.003680777072),
+    ),
+    0.25: (
+        (0.41844329857044, 0.27282620685027, 0.30873049457930),
+        (-0.02541573186464, -0.04571871630536, 0.07007400743149),
+        (-0.01097698780105, -0.01264301352354, 0.02362000132459),
+        (0.003884219169, -0.005168065587, 0.001283846474),
+    ),
+    0.5: (
+        (0.44726791237655, 0.28365109941894, 0.26908098820451),
+        (-0.01135590143847, -0.05544858970406, 0.07763890231645),
+        (-0.00768606013705, -0.01662955923102, 0.02431561936807),
+        (0.001654856363, -0.012240659153, 0.010585802845),
+    ),
+    1.0: (
+        (0.5, 0.3, 0.2),
+        (0.01263817513909, -0.07290310604921, 0.09182363854539),
+        (-0.00215789382367, -0.02371309282800, 0.02587098665167),
+        (-0.002157893824, -0.023713092828, 0.025870986652),
+    ),
 }
+SKEW_SETS = {POLICY: tabular.table(LOGITS), REFERENCE: tabular.table(np.log(SKEWED))}
+each_beta = pytest.mark.parametrize("beta", KNOWN)
 
 
-@pytest.mark.parametrize("beta", KNOWN_DIRECTIONS)
-def test_nash_md_follows_the_direction_with_a_constant_opponent(beta, float64):
-    row = Row("nash_md_pg", {"tau": 0.05, "beta": beta}, beta, gibbs)
-    policy = solutions.normalise(np.array([0.3, -0.1, 0.2]))
-    gradient = one_token_gradient(row, policy, SKEWED, matrices.skew(), np.zeros(3))
-    np.testing.assert_allclose(-gradient[0, 0], KNOWN_DIRECTIONS[beta], atol=1e-12)
+def nash_md(beta):
+    return ALGORITHMS["nash_md_pg"](tau=0.05, beta=beta)
 
 
-def test_the_kl_gradient_is_the_sequence_level_one(float64):
-    # Two tokens of two: the true gradient of KL(pi, mu), twelve decimals. Multiplying
-    # each log-ratio with its own token only would give .1373 for the first token.
-    model = tabular.tabular_model(2, 2)
-    sets = {
-        POLICY: tabular.table([0.4, -0.2], [[1.0, -0.5], [-0.3, 0.8]]),
-        REFERENCE: tabular.table(np.log([0.5, 0.5]), np.log([[0.7, 0.3], [0.6, 0.4]])),
-    }
-    judge = table_judge(model, np.full((4, 4), 0.5), np.zeros(4))
-    algorithm = ALGORITHMS["self_play"](tau=1.0)
-    found = exact.expected_gradient(model, algorithm, judge, sets, 2)["table"]
-    known = [0.087672735173, 0.062853484642, -0.099952849586]
-    np.testing.assert_allclose(
-        [found[0, 0, 0], found[1, 0, 0], found[1, 1, 0]], known, atol=1e-12
+@each_beta
+def test_nash_md_answers_the_known_mixture(beta, float64):
+    model = tabular.tabular_model(3, 1)
+    opponent = tabular.response_log_probs(
+        model, SKEW_SETS, nash_md(beta).speakers[1], tabular.all_responses(model, 1)
     )
+    np.testing.assert_allclose(np.exp(opponent), KNOWN[beta][0], rtol=0, atol=EXACT)
+
+
+@each_beta
+def test_nash_md_weighs_each_response_by_the_known_advantage(beta, float64):
+    # Every response once, judged against the whole opponent at once: the loss is
+    # linear in the judge's answer.
+    log_policy = jax.nn.log_softmax(LOGITS)[:, None]
+    answers = Feedback((jnp.asarray(matrices.skew() @ np.array(KNOWN[beta][0])),), ())
+
+    def loss(x):
+        every = scored(x, np.log(SKEWED)[:, None], np.ones((3, 1), bool))
+        return nash_md(beta).loss((every,), answers).loss_B.sum()
+
+    advantage = -jax.grad(loss)(log_policy)[:, 0]
+    np.testing.assert_allclose(advantage, KNOWN[beta][1], rtol=0, atol=EXACT)
+
+
+@each_beta
+def test_nash_md_follows_the_direction_with_a_constant_opponent(beta, float64):
+    policy = solutions.normalise(LOGITS)
+    assert abs(solutions.kl(policy, SKEWED) - 0.062906139468) < EXACT
+    row = Row("nash_md_pg", {"tau": 0.05, "beta": beta}, beta, gibbs)
+    gradient = one_token_gradient(row, policy, SKEWED, matrices.skew(), np.zeros(3))
+    np.testing.assert_allclose(-gradient[0, 0], KNOWN[beta][2], rtol=0, atol=EXACT)
+
+
+@each_beta
+def test_an_opponent_that_is_differentiated_turns_the_direction(beta, float64):
+    model, speaker = tabular.tabular_model(3, 1), nash_md(beta).speakers[1]
+
+    def value(params):
+        sets, choices = SKEW_SETS | {POLICY: params}, tabular.all_responses(model, 1)
+        log_policy = tabular.response_log_probs(
+            model, sets, Speaker({POLICY: 1.0}), choices
+        )
+        opponent = tabular.response_log_probs(model, sets, speaker, choices)
+        policy = jnp.exp(log_policy)
+        divergence = policy @ (log_policy - np.log(SKEWED))
+        return policy @ matrices.skew() @ jnp.exp(opponent) - 0.05 * divergence
+
+    wrong = jax.grad(value)({"table": jnp.asarray(SKEW_SETS[POLICY]["table"])})
+    np.testing.assert_allclose(wrong["table"][0, 0], KNOWN[beta][3], atol=EXACT)
+    agreement = np.dot(KNOWN[beta][2], KNOWN[beta][3])
+    assert (agreement > 0) == (beta > 0.125), "wrong by sign for a small beta"
 
 
 def scored(log_probs, reference, mask):

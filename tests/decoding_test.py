@@ -9,6 +9,7 @@ import scipy.stats
 
 from nlhf_jax.checks import UserError
 from nlhf_jax.decoding import draw, sample
+from nlhf_jax.games import solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Speaker
 
@@ -16,13 +17,26 @@ TOY = {
     POLICY: tabular.table([0.4, -0.2], [[1.0, -0.5], [-0.3, 0.8]]),
     REFERENCE: tabular.table(np.log([0.5, 0.5]), np.log([[0.7, 0.3], [0.6, 0.4]])),
 }
-# Token-level products of the mixture with weight beta on the reference, in the order
-# AA, AB, BA, BB; computed independently (numpy, float64, twelve decimals).
+# By weight of the reference: the token-level products, in the order AA, AB, BA, BB;
+# computed independently (numpy, float64, twelve decimals), as all below.
 MIXTURES = {
     0.0: (0.527872116364, 0.117784189862, 0.088493756666, 0.265849937108),
     0.125: (0.505850692919, 0.122465495377, 0.106535060103, 0.265148751602),
+    0.25: (0.483606269257, 0.127032964692, 0.127162623236, 0.262198142814),
     0.5: (0.438761459701, 0.135681057111, 0.176200039530, 0.249357443658),
     1.0: (0.35, 0.15, 0.3, 0.2),
+}
+# What the mixture of whole sequences would give instead.
+SEQUENCE_LEVEL = {
+    0.125: (0.510383249439, 0.123562818732, 0.104921377795, 0.261132554034),
+    0.25: (0.491509637013, 0.129109009402, 0.123903413839, 0.255477939746),
+    0.5: (0.449486135582, 0.138997518319, 0.170386373908, 0.241129972190),
+}
+# The token-level factors: P(A), P(A after A), P(A after B).
+FACTORS = {
+    0.125: (0.628316188295, 0.805089383884, 0.286628195116),
+    0.25: (0.610639233949, 0.791967240836, 0.326593314797),
+    0.5: (0.574442516812, 0.763803943580, 0.414045214785),
 }
 
 
@@ -53,6 +67,35 @@ def test_log_probs_are_those_of_the_token_level_mixture(beta, float64):
     known = np.log(np.array(MIXTURES[beta]))[place(drawn)]
     np.testing.assert_allclose(total, known, atol=1e-11)
     assert len(set(place(drawn))) == 4
+
+
+@pytest.mark.parametrize("beta", SEQUENCE_LEVEL)
+def test_log_probs_are_not_those_of_the_sequence_level_mixture(beta, float64):
+    whole = solutions.geometric_mixture(
+        np.array(MIXTURES[0.0]), np.array(MIXTURES[1.0]), beta
+    )
+    np.testing.assert_allclose(whole, SEQUENCE_LEVEL[beta], rtol=0, atol=1e-12)
+    drawn = run((mixture_speaker(beta),), batch=64).samples[0]
+    said = np.exp(np.asarray(drawn.sampling_log_probs_BT.sum(axis=1)))
+    # Of the vectors above, the two least apart differ by 0.0011.
+    assert np.abs(said - whole[place(drawn)]).min() > 1e-3
+
+
+@pytest.mark.parametrize("beta", FACTORS)
+def test_each_token_is_drawn_from_its_own_mixture(beta, float64):
+    drawn = run((mixture_speaker(beta),), batch=64).samples[0]
+    first, second = np.asarray(drawn.responses.tokens_BT).T
+    p_first, p_after_a, p_after_b = FACTORS[beta]
+    p_second = np.where(first == 0, p_after_a, p_after_b)
+    known = np.stack(
+        [
+            np.where(first == 0, p_first, 1 - p_first),
+            np.where(second == 0, p_second, 1 - p_second),
+        ],
+        axis=1,
+    )
+    said = np.exp(drawn.sampling_log_probs_BT)
+    np.testing.assert_allclose(said, known, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("beta", MIXTURES)

@@ -128,10 +128,14 @@ def index_of(model: LanguageModel, responses: Responses) -> Int[Array, "B"]:
     tokens_BT, mask_BT = responses
     length = tokens_BT.shape[1]
     digits = model.vocab_size ** np.arange(length)[::-1]
+    code_B = jnp.where(mask_BT, tokens_BT, model.pad_id) @ jnp.asarray(digits)
+    if model.eos_id == NO_END:
+        return code_B
     with jax.ensure_compile_time_eval():
         codes_N = np.asarray(all_responses(model, length).tokens_BT) @ digits
-    code_B = jnp.where(mask_BT, tokens_BT, model.pad_id) @ jnp.asarray(digits)
-    return jnp.searchsorted(jnp.asarray(codes_N), code_B).astype(jnp.int32)
+    places = np.zeros(model.vocab_size**length, np.int32)
+    places[codes_N] = np.arange(len(codes_N))
+    return jnp.asarray(places)[code_B]
 
 
 def response_log_probs(
