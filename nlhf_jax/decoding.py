@@ -3,7 +3,8 @@
 
 Each parameter set reads the prompts once and steps once per token, on the rows of the
 speakers that use it. A speaker's logits are mixed, tempered and truncated, one uniform
-number per row picks the token, and the loop ends as soon as every row has ended.
+number per row picks the token, and the loop ends as soon as every row has ended. What
+is sampled is docs/math.md (28).
 """
 
 from collections.abc import Sequence

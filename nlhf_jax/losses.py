@@ -32,7 +32,8 @@ def policy_gradient(
       payoff_B: preference - 1/2, or reward - baseline; no gradient flows through it.
       tau: strength of the KL, per nat, >= 0.
 
-    Source: Munos et al., 2024, arXiv 2312.00886, eq. 13 and Appendix F.2.
+    Source: Munos et al., 2024, arXiv 2312.00886, eq. 13 and Appendix F.2;
+    docs/math.md (26), (27).
     """
     log_probs_BT = sample.log_probs[POLICY]
     ratio_BT = jax.lax.stop_gradient(log_probs_BT - sample.log_probs[REFERENCE])

@@ -4,8 +4,8 @@
     log p(token) = sum_k w_k log p_k(token) - log Z,    sum_k w_k = 1.
 
 With two sets this is the geometric mixture of Munos et al., 2024, arXiv 2312.00886,
-eq. 15, taken one token at a time (Appendix F.1). Raw logits serve as well as
-log-probabilities: their normalisers cancel in Z.
+eq. 15, taken one token at a time (Appendix F.1); docs/math.md (28). Raw logits serve as
+well as log-probabilities: their normalisers cancel in Z.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of any algorithm: rollout, score, update. No algorithm is named here."""
+"""One step of any algorithm: rollout, score, update. No algorithm is named here.
+
+Its gradients are samples of docs/math.md (26) to (29).
+"""
 
 import functools
 from collections.abc import Callable

@@ -19,6 +19,7 @@ def best_response(*, tau: float) -> Algorithm:
     Raises:
       UserError: tau out of range.
 
-    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 1).
+    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 1);
+    docs/math.md (8), (26).
     """
     return against("best_response", {REFERENCE: 1.0}, tau=tau)

@@ -41,7 +41,8 @@ def nash_md_pg(*, tau: float, beta: float | Schedule) -> Algorithm:
     Raises:
       UserError: tau or beta out of range.
 
-    Source: Munos et al., 2024, arXiv 2312.00886, eq. 13 to 15 and Appendix F.
+    Source: Munos et al., 2024, arXiv 2312.00886, eq. 13 to 15 and Appendix F;
+    docs/math.md (21), (26), (28).
     """
     return against("nash_md_pg", mixture_weights(beta), tau=tau)
 

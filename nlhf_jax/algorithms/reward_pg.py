@@ -34,7 +34,7 @@ def reward_pg(*, tau: float) -> Algorithm:
       UserError: tau out of range.
 
     Source: Munos et al., 2024, arXiv 2312.00886, eq. 16; the baseline: Kool et al.,
-    2019, "Buy 4 REINFORCE samples, get a baseline for free".
+    2019, "Buy 4 REINFORCE samples, get a baseline for free"; docs/math.md (29).
     """
     check_range("tau", tau, 0.0)
     policy = Speaker({POLICY: 1.0})

@@ -21,6 +21,7 @@ def self_play(*, tau: float) -> Algorithm:
     Raises:
       UserError: tau out of range.
 
-    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 0).
+    Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 0);
+    docs/math.md (7), (26).
     """
     return against("self_play", {POLICY: 1.0}, tau=tau)

@@ -4,7 +4,7 @@
 Notation: pi a policy, mu the reference with full support, tau > 0 the strength of the
 KL, P(y > pi) = sum_y' P(y, y') pi(y'). The regularised game is
 P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu)
-(Munos et al., 2024, arXiv 2312.00886, eq. 2).
+(Munos et al., 2024, arXiv 2312.00886, eq. 2; docs/math.md (5)).
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def kl(first_N: Policy, second_N: Policy) -> float:
 
 
 def geometric_mixture(policy_N: Policy, reference_N: Policy, beta: float) -> Policy:
-    """Returns pi^(1 - beta) mu^beta, normalised (Munos et al., 2024, eq. 3)."""
+    """Returns pi^(1 - beta) mu^beta, normalised; docs/math.md (11)."""
     check_range("beta", beta, 0.0, 1.0)
     return normalise((1 - beta) * np.log(policy_N) + beta * np.log(reference_N))
 
@@ -42,7 +42,7 @@ def best_response(
 ) -> Policy:
     """Returns argmax over pi of P(pi > opponent) - tau KL(pi, mu).
 
-    It is proportional to mu exp(P(. > opponent) / tau).
+    It is proportional to mu exp(P(. > opponent) / tau); docs/math.md (8).
     """
     return normalise(np.log(reference_N) + preference_NN @ opponent_N / tau)
 
@@ -58,7 +58,8 @@ def mirror_step(
     """Returns one step of the rule all tabular algorithms share.
 
     log pi' = (1 - s tau) log pi + s tau log mu + s P(. > opponent) + const. With the
-    opponent geo(pi, mu; s tau) it is Nash-MD (Munos et al., 2024, eq. 5).
+    opponent geo(pi, mu; s tau) it is Nash-MD (Munos et al., 2024, eq. 5);
+    docs/math.md (16).
 
     Raises:
       UserError: s tau is not in [0, 1].
@@ -77,7 +78,7 @@ def regularised_gap(
     """Returns max over pi' of P_tau(pi' > pi) - 1/2, which is 0 at the Nash only.
 
     In closed form tau log sum_y mu(y) exp(P(y > pi) / tau) + tau KL(pi, mu) - 1/2;
-    the duality gap of the two-player game is twice this.
+    the duality gap of the two-player game is twice this; docs/math.md (9).
     """
     value_N = preference_NN @ policy_N / tau
     top = value_N.max()
@@ -86,7 +87,10 @@ def regularised_gap(
 
 
 def exploitability(preference_NN: Matrix, policy_N: Policy) -> float:
-    """Returns max over y of P(y > pi) - 1/2: what one deviating answer wins."""
+    """Returns max over y of P(y > pi) - 1/2, what one answer wins: docs/math.md (10).
+
+    It is `regularised_gap` without regularisation.
+    """
     return float((preference_NN @ policy_N).max() - 0.5)
 
 
@@ -94,7 +98,7 @@ def regularised_nash(preference_NN: Matrix, reference_N: Policy, tau: float) -> 
     """Returns the unique Nash equilibrium at tau, to about 1e-13.
 
     Solves pi = softmax(log mu + P pi / tau) by Newton steps on the logits, following
-    the solution from a large tau down to the one asked for.
+    the solution from a large tau down to the one asked for; docs/math.md (7).
 
     Raises:
       UserError: tau is not above 0, or the reference has a zero.

@@ -8,10 +8,10 @@ nothing). Then
 
     logit P(y > y' | x) = (f(x, y, y') - f(x, y', y)) / 2,
 
-so P(y > y') + P(y' > y) = 1 to float rounding and P(y > y) = 1/2: no position bias can
-act as a reward of the first place. With a decoder that reads nothing, f depends on the
-order only through the words "Summary 1" and "Summary 2", and a model of a few million
-parameters was still at ln 2 after hundreds of steps.
+so P(y > y') + P(y' > y) = 1 to float rounding and P(y > y) = 1/2 (docs/math.md (30)):
+no position bias can act as a reward of the first place. With a decoder that reads
+nothing, f depends on the order only through the words "Summary 1" and "Summary 2", and
+a model of a few million parameters was still at ln 2 after hundreds of steps.
 """
 
 import jax

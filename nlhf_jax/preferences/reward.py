@@ -5,7 +5,7 @@
 
 A Bradley-Terry preference is transitive; it cannot express a cycle. The reward is the
 last logit of one fixed token (Munos et al., 2024, arXiv 2312.00886, section 8), after
-the decoder has read the response.
+the decoder has read the response; docs/math.md (31).
 """
 
 from jaxtyping import Array, Float
