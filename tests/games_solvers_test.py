@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.games import matrices, solutions, solvers
+from nlhf_jax.games import matrices, methods, solutions, solvers
 
 EXACT = 1e-12
-UNIFORM = np.ones(3) / 3
+UNIFORM, UNIFORM_4 = np.ones(3) / 3, np.ones(4) / 4
 SKEWED = np.array([0.5, 0.3, 0.2])
 START = np.array([0.6, 0.3, 0.1])
 TAU = 0.1
@@ -215,6 +215,332 @@ def test_the_equilibrium_is_left_by_those_alone_that_seek_another(method):
         assert moved > 1e-3
     else:
         assert moved < EXACT
+
+
+def random_games(seed, num_games, size, tau=TAU):
+    rng = np.random.default_rng(seed)
+    matrix = np.stack([matrices.random_game(rng, size) for _ in range(num_games)])
+    return matrix, rng.dirichlet(np.ones(size), size=num_games), tau
+
+
+@pytest.mark.parametrize("method", solvers.METHODS)
+def test_many_games_at_once_are_each_game_alone(method):
+    matrix, reference, tau = random_games(0, 5, 4, np.linspace(0.05, 0.5, 5))
+    starts = np.random.default_rng(1).dirichlet(np.ones(4), size=5)
+    games = solvers.make_games(matrix, reference, tau)
+    found = solvers.solve_many(method, games, starts, num_steps=40)
+    for b in range(5):
+        game = solvers.make_game(matrix[b], reference[b], tau[b])
+        path = np.asarray(solvers.solve(method, game, starts[b], num_steps=40))
+        np.testing.assert_allclose(found.last_BN[b], path[-1], rtol=0, atol=EXACT)
+        played = np.vstack([starts[b], path[:-1]])
+        np.testing.assert_allclose(
+            found.average_BN[b], played.mean(axis=0), rtol=0, atol=EXACT
+        )
+
+
+def test_one_program_runs_taus_steps_references_and_betas_side_by_side():
+    taus, sizes = np.array([0.05, 0.1, 0.3]), np.array([2.0, 0.5, 3.0])
+    references = np.random.default_rng(0).dirichlet(np.ones(3), size=3)
+    betas = np.array([0.0, 0.1, 0.2])
+
+    @jax.jit
+    @jax.vmap
+    def together(tau, size, reference, beta):
+        game = solvers.Game(jnp.asarray(matrices.skew()), reference, tau)
+        sizes_T = jnp.full(20, size)
+        start = jnp.asarray(START)
+        return solvers.path(methods.fixed_mixture, game, start, sizes_T, beta)
+
+    found = together(*(jnp.asarray(a) for a in (taus, sizes, references, betas)))
+    for b in range(3):
+        game = solvers.make_game(matrices.skew(), references[b], taus[b])
+        alone = solvers.solve(
+            "fixed_mixture",
+            game,
+            START,
+            step_size=sizes[b],
+            num_steps=20,
+            beta=float(betas[b]),
+        )
+        np.testing.assert_allclose(found[b], alone, rtol=0, atol=EXACT)
+
+
+def test_a_step_size_for_each_game():
+    games = solvers.make_games(np.stack([matrices.skew()] * 3), SKEWED, TAU)
+    sizes = np.array([0.5, 1.0, 2.0])
+    found = solvers.solve_many("omd", games, START, step_size=sizes, num_steps=30)
+    alone = [last("omd", skew(), size, 30) for size in sizes]
+    np.testing.assert_allclose(found.last_BN, alone, rtol=0, atol=EXACT)
+
+
+def test_nothing_is_compiled_twice_for_one_shape(monkeypatch):
+    traced = []
+
+    def counted(game, iterate, knobs):
+        traced.append(game.reference_N.shape)
+        return methods.mirror_descent(game, iterate, knobs)
+
+    recipe = solvers.METHODS["mmd"]._replace(advance=counted)
+    monkeypatch.setitem(solvers.METHODS, "mmd", recipe)
+
+    def traces(run, *cases):
+        counts = []
+        for case in cases:
+            run(*case)
+            counts.append(len(traced))
+        assert counts[0] and len({*counts}) == 1
+        traced.clear()
+
+    def alone(tau, size, start):
+        last("mmd", skew(tau), size, 7, start)
+
+    def together(seed, tau):
+        games = solvers.make_games(*random_games(seed, 2, 3, tau))
+        solvers.solve_many("mmd", games, START, num_steps=7)
+
+    traces(alone, (0.1, 1.0, START), (0.2, 2.0, UNIFORM), (0.0, 0.5, START))
+    traces(together, (0, 0.1), (1, 0.2), (2, np.array([0.0, 0.3])))
+
+
+# Where each method's usual run ends on every game, and how near in the gap there:
+# "tau" the Nash at tau, "zero" that of tau = 0, "average" the same on average,
+# "mixture" the best response to its own mixture, "answer" that to the reference.
+ENDS = {
+    "nash_md": ("tau", 1e-6),
+    "nash_md_constant": ("mixture", 1e-10),
+    "fixed_mixture": ("mixture", 1e-10),
+    "ema": ("tau", EXACT),
+    "mirror_descent": ("tau", EXACT),
+    "inpo": ("tau", EXACT),
+    "mmd": ("tau", EXACT),
+    "mpo": ("zero", 1e-4),
+    "extragradient": ("tau", EXACT),
+    "nash_mp": ("tau", EXACT),
+    "comal": ("zero", 1e-4),
+    "optimistic": ("tau", EXACT),
+    "mwu": ("average", 5e-3),
+    "omwu": ("zero", 1e-4),
+    "best_response": ("answer", 1e-10),
+    "fictitious_play": ("tau", 1e-4),
+}
+
+
+def test_every_method_has_a_known_end():
+    assert {*ENDS} == {*solvers.METHODS}
+
+
+@pytest.mark.parametrize("method", ENDS)
+def test_usual_runs_end_where_they_say(method):
+    matrix, reference, tau = random_games(0, 6, 3)
+    games = solvers.make_games(matrix, reference, tau)
+    found = solvers.solve_many(method, games, UNIFORM, num_steps=4000)
+    end, tolerance = ENDS[method]
+    if end in ("tau", "zero", "average"):
+        played = games if end == "tau" else games._replace(tau=jnp.zeros(6))
+        policy = found.average_BN if end == "average" else found.last_BN
+        assert solvers.gaps(played, policy).max() < tolerance
+        return
+    for b in range(6):
+        opponent = reference[b]
+        if end == "mixture":  # of weight 1/8
+            opponent = solutions.regularised_nash(matrix[b], reference[b], tau / 0.875)
+        answer = solutions.best_response(matrix[b], reference[b], tau, opponent)
+        np.testing.assert_allclose(found.last_BN[b], answer, rtol=0, atol=tolerance)
+
+
+def test_gaps_under_vmap_are_those_of_numpy():
+    tau = np.array([0.0, 0.01, 0.1, 1, 5, 0])
+    matrix, reference, _ = random_games(3, 6, 4)
+    policies = np.random.default_rng(4).dirichlet(np.ones(4), size=6)
+    policies[4] = policies[5] = [0, 1, 0, 0]  # 0 log 0 = 0
+    games = solvers.make_games(matrix, reference, tau)
+    found = solvers.gaps(games, jnp.asarray(policies))
+    for b in range(6):
+        if tau[b]:
+            known = solutions.regularised_gap(
+                matrix[b], reference[b], float(tau[b]), policies[b]
+            )
+        else:
+            known = solutions.exploitability(matrix[b], policies[b])
+        assert abs(found[b] - known) < EXACT
+
+
+def test_the_gap_of_a_contextual_policy_is_what_its_best_response_wins():
+    matrix, reference, tau = random_games(5, 2, 3)
+    policies = np.random.default_rng(6).dirichlet(np.ones(3), size=2)
+    rho = np.array([0.3, 0.7])
+    games = solvers.make_games(matrix, reference, tau)
+    found = solvers.averaged_gap(games, jnp.asarray(policies), rho)
+
+    def wins(answers):
+        total = -0.5
+        for x in range(2):
+            payoff = answers[x] @ matrix[x] @ policies[x]
+            payoff -= tau * solutions.kl(answers[x], reference[x])
+            payoff += tau * solutions.kl(policies[x], reference[x])
+            total += rho[x] * payoff
+        return total
+
+    best = [
+        solutions.best_response(matrix[x], reference[x], tau, policies[x])
+        for x in range(2)
+    ]
+    assert abs(found - wins(best)) < EXACT
+    for others in np.random.default_rng(7).dirichlet(np.ones(3), size=(50, 2)):
+        assert wins(others) <= found + EXACT
+    nash = solvers.solve_many("nash_mp", games, UNIFORM, num_steps=400).last_BN
+    assert abs(solvers.averaged_gap(games, nash, rho)) < EXACT
+
+
+@pytest.mark.parametrize("alias", solvers.ALIASES)
+def test_other_names_run_the_same_method(alias):
+    assert alias not in solvers.METHODS
+    assert solvers.find_method(alias) is solvers.METHODS[solvers.ALIASES[alias]]
+
+
+@pytest.mark.parametrize("eta", [0.5, 2.0])
+def test_steps_in_the_letters_of_their_papers(eta):
+    value = matrices.skew() @ START
+    # INPO, where eta is an inverse step: exp(P / eta) mu^(tau/eta) pi^(1 - tau/eta).
+    weight = TAU / eta
+    inpo = value / eta + weight * np.log(SKEWED) + (1 - weight) * np.log(START)
+    found = last("inpo", skew(), 1 / eta, 1)
+    np.testing.assert_allclose(found, solutions.normalise(inpo), rtol=0, atol=EXACT)
+    # Magnetic mirror descent: (pi mu^(eta tau) exp(eta P))^(1 / (1 + eta tau)).
+    magnetic = np.log(START) + eta * TAU * np.log(SKEWED) + eta * value
+    found = last("mmd", skew(), eta / (1 + eta * TAU), 1)
+    known = solutions.normalise(magnetic / (1 + eta * TAU))
+    np.testing.assert_allclose(found, known, rtol=0, atol=EXACT)
+
+
+def test_a_moving_magnet_is_the_proximal_point():
+    # 200 steps within an interval solve the inner game to rounding.
+    path = solvers.solve("comal", skew(), START, num_steps=1000, interval=200)
+    known = solvers.proximal_point(matrices.skew(), SKEWED, TAU, 5)
+    np.testing.assert_allclose(path[199::200], known, rtol=0, atol=1e-11)
+    # KL(Nash, mu_k) of an independent computation, four digits.
+    nash = np.array([1 / 6, 1 / 2, 1 / 3])
+    distances = [solutions.kl(nash, mu) for mu in [SKEWED, *known[:3]]]
+    np.testing.assert_allclose(distances, [0.2426, 0.1042, 0.0484, 0.0266], atol=6e-5)
+
+
+def test_a_schedule_begins_again_with_each_magnet():
+    path = solvers.solve("nash_md", skew(), START, num_steps=60, interval=30)
+    inner = solvers.solve("nash_md", skew(), START, num_steps=30)
+    np.testing.assert_allclose(path[:30], inner, rtol=0, atol=EXACT)
+    moved = solvers.make_game(matrices.skew(), np.asarray(inner[-1]), TAU)
+    outer = solvers.solve("nash_md", moved, START, num_steps=30)
+    np.testing.assert_allclose(path[30:], outer, rtol=0, atol=EXACT)
+
+
+def test_a_moving_average_is_self_play_at_decay_0_and_answers_its_start_at_1():
+    plain = solvers.solve("omd", skew(), START, step_size=1.0, num_steps=20)
+    found = solvers.solve("ema", skew(), START, step_size=1.0, num_steps=20, beta=0.0)
+    np.testing.assert_allclose(found, plain, rtol=0, atol=EXACT)
+    end = solvers.solve("ema", skew(), START, step_size=5.0, num_steps=60, beta=1.0)
+    answer = solutions.best_response(matrices.skew(), SKEWED, TAU, START)
+    np.testing.assert_allclose(end[-1], answer, rtol=0, atol=EXACT)
+
+
+def test_the_moving_average_is_the_recursion():
+    # The second step meets (1 - beta) logits_1 + beta logits_0.
+    beta, size = 0.7, 1.3
+    found = solvers.solve("ema", skew(), START, step_size=size, num_steps=3, beta=beta)
+    policy, average = START, START
+    for step in range(3):
+        policy = solutions.mirror_step(
+            matrices.skew(), SKEWED, TAU, size, policy, average
+        )
+        average = solutions.geometric_mixture(policy, average, beta)
+        np.testing.assert_allclose(found[step], policy, rtol=0, atol=EXACT)
+
+
+def test_fictitious_play_without_regularisation_is_the_textbooks():
+    game, average, known = matrices.skew(), START, []
+    for t in range(200):
+        answer = np.eye(3)[np.argmax(game @ average)]
+        average = average + (answer - average) / (t + 2)
+        known.append(average)
+    found = solvers.solve("fp", skew(0.0), START, num_steps=200)
+    np.testing.assert_allclose(found, known, rtol=0, atol=EXACT)
+    assert solutions.exploitability(game, known[-1]) < 0.05
+
+
+@pytest.mark.parametrize("share, converges", [(0.95, True), (1.05, False)])
+def test_mirror_descent_cycles_above_its_critical_step(share, converges):
+    tau = 0.008
+    nash = solutions.regularised_nash(matrices.skew(), SKEWED, tau)
+    critical = methods.critical_step(matrices.skew(), tau, nash)
+    # 1.550 with the covariance's diagonal alone, by an independent computation.
+    assert abs(critical - 1.55) < 0.01
+    path = solvers.solve(
+        "mirror_descent",
+        skew(tau),
+        START,
+        step_size=share * critical,
+        num_steps=20_000,
+    )
+    gaps = jax.vmap(solvers.gap, in_axes=(None, 0))(skew(tau), path[-300:])
+    if converges:  # the squared distance shrinks by 1 - 2 s tau (1 - share) a step
+        assert gaps.max() < 1e-9
+    else:
+        assert gaps.min() > 1e-3
+
+
+def test_mirror_descents_usual_step_is_stable_in_every_game():
+    # No game turns faster than 1 / 8 in square; rock-paper-scissors does at 1 / 12.
+    critical = methods.critical_step(matrices.rock_paper_scissors(), TAU, UNIFORM)
+    assert abs(critical - 2 * TAU / (TAU**2 + 1 / 12)) < EXACT
+    for seed in range(20):
+        matrix, reference, _ = random_games(seed, 1, 3 + seed % 3)
+        for tau in (0.3, 0.05, 0.01):
+            nash = solutions.regularised_nash(matrix[0], reference[0], tau)
+            critical = methods.critical_step(matrix[0], tau, nash)
+            assert methods.stable_step(tau) <= critical / 2
+
+
+def test_nash_md_by_its_square_law_constant():
+    # KL(pi*, pi_T) T^2 -> 0.479 on skew, by an independent computation.
+    nash = solutions.regularised_nash(matrices.skew(), SKEWED, TAU)
+    path = np.asarray(solvers.solve("nash_md", skew(), START, num_steps=20_000))
+    early, late = (t**2 * solutions.kl(nash, path[t - 1]) for t in (2_000, 20_000))
+    # The next term falls as 1 / T: take it out.
+    assert abs((10 * late - early) / 9 - 0.479) < 5e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nash_md_obeys_its_theorem_with_the_sharper_constant(seed):
+    # KL(pi*, pi_{t+1}) <= (1 - s tau) KL(pi*, pi_t) + s^2 / 8 for any s tau in [0, 1],
+    # and KL(pi*, pi_T) <= 1 / (2 tau^2 (T + 1)) with the falling steps.
+    matrix, reference, tau = random_games(seed, 10, 4)
+    nash = [
+        solutions.regularised_nash(*parts, tau)
+        for parts in zip(matrix, reference, strict=True)
+    ]
+    weights = np.random.default_rng(seed).uniform(0.01, 1, size=50)
+    for b in range(10):
+        game = solvers.make_game(matrix[b], reference[b], tau)
+        run = {"num_steps": 50, "step_size": lambda t: weights[t] / tau}
+        path = np.asarray(solvers.solve("nash_md", game, UNIFORM_4, **run))
+        kls = np.array([solutions.kl(nash[b], p) for p in [UNIFORM_4, *path]])
+        allowed = (1 - weights) * kls[:-1] + (weights / tau) ** 2 / 8
+        assert (kls[1:] <= allowed + EXACT).all()
+        path = np.asarray(solvers.solve("nash_md", game, UNIFORM_4, num_steps=200))
+        kls = np.array([solutions.kl(nash[b], p) for p in path])
+        assert (kls <= 1 / (2 * tau**2 * (np.arange(1, 201) + 1))).all()
+
+
+def test_the_extragradient_converges_linearly():
+    # The fit over four decades is straight: the rate does not fade.
+    nash = solutions.regularised_nash(matrices.skew(), SKEWED, TAU)
+    path = np.asarray(solvers.solve("extragradient", skew(), START, num_steps=120))
+    distances = np.log([solutions.kl(nash, policy) for policy in path[20:]])
+    early = np.polyfit(np.arange(50), distances[:50], 1)[0]
+    late = np.polyfit(np.arange(50), distances[50:], 1)[0]
+    # KL falls as the square of the distance: 2 log(1 - s tau) at best.
+    assert abs(early / late - 1) < 0.05
+    assert late < 2 * np.log(1 - TAU / (1 + TAU)) + 0.02
 
 
 def test_an_unknown_method_names_the_nearest():

@@ -290,7 +290,13 @@ METHODS: dict[str, Method] = {
     "fixed_mixture": Method(
         fixed_mixture, stable_step, "best response to its own mixture", beta=0.125
     ),
-    "ema": Method(moving_average, stable_step, f"{AT_TAU} for small steps", beta=0.9),
+    "ema": Method(
+        moving_average,
+        # An opponent ten steps behind turns the policy outwards ten times as much.
+        lambda tau: 0.05 * stable_step(tau),
+        f"{AT_TAU} for small steps",
+        beta=0.9,
+    ),
     "mirror_descent": Method(mirror_descent, stable_step, f"{AT_TAU} for small steps"),
     "inpo": Method(
         mirror_descent,
