@@ -149,4 +149,9 @@ def scopes_of(run: pathlib.Path, name: str) -> set[str]:
 
 def test_every_job_but_the_readers_has_a_run():
     configured = {job_of(run) for run in RUNS}
-    assert set(JOBS) - configured <= {"collect", "evaluate", "sample"}
+    assert set(JOBS) - configured <= {
+        "collect",
+        "convergence",
+        "evaluate",
+        "sample",
+    }

@@ -44,7 +44,7 @@ LAYERS = (
         {
             "metrics": ("tensorboard",),
             "parameter_files": ("safetensors",),
-            "evaluation": ("jinja2", "matplotlib", "rouge_score"),
+            "evaluation": ("jinja2", "matplotlib", "optax", "rouge_score"),
         },
     ),
     (6, {"checkpoints": ("etils", "orbax"), "progress": ("rich",)}),

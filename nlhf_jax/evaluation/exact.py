@@ -5,6 +5,7 @@ The loss that is averaged is the algorithm's own, through the train step's own s
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.flatten_util
@@ -24,10 +25,13 @@ from nlhf_jax.types import (
     Params,
     ParamSets,
     Responses,
+    Speaker,
 )
 
 LARGEST_SUM = 2**20  # terms of one expectation
-NEWTON_STEPS, SLOPE_TOLERANCE, DIFFERENCE = 50, 1e-14, 1e-5
+# Of Newton's method; moves and the differences that give the slope's derivative, nats.
+NEWTON_STEPS, MOVE_TOLERANCE, LONGEST_MOVE, DIFFERENCE = 50, 1e-12, 1.0, 1e-5
+NO_SAY = 1e-12  # of the Fisher matrix: what is less is a logit that has no say
 
 
 def expected_gradient(
@@ -88,70 +92,101 @@ def _combinations(choices: Responses, speakers: int) -> tuple[Responses, ...]:
     )
 
 
-def fixed_point(
+def fixed_points(
     model: LanguageModel,
     algorithm: Algorithm,
-    game: tuple[Float[np.ndarray, "N N"], Float[np.ndarray, "N"]],
+    games: Sequence[tuple[Float[np.ndarray, "N N"], Float[np.ndarray, "N"]]],
     frozen: ParamSets,
     start: Params,
     length: int,
     *,
     step: int = 0,
-) -> tuple[Float[np.ndarray, "N"], float]:
-    """Returns the policy at which the expected gradient vanishes, and what is left.
+) -> list[tuple[Float[np.ndarray, "N"], float]]:
+    """Returns for each game where the expected gradient vanishes, and the last move.
 
-    Newton's method in float64 on `expected_gradient` as a function of the policy; the
-    sets the algorithm derives from the policy are the policy itself. Logits that have
-    no say (a constant, rows of no prefix) stay where they are: the shortest step.
+    Newton's method in float64 on F^+ g, the expected gradient g of the algorithm's loss
+    measured by the Fisher matrix F, as a function of the policy: unlike g it does not
+    fade towards policies that never say some response. The sets the algorithm derives
+    from the policy are the policy itself. Logits that have no say (a constant, rows of
+    no prefix) stay where they are.
 
     Args:
       model: a tabular model.
-      algorithm: whose fixed point is looked for.
-      game: preference_NN and reward_N of its responses.
+      algorithm: whose fixed points are looked for.
+      games: preference_NN and reward_N of its responses, all of one size.
       frozen: the other sets, `reference` above all.
-      start: parameters near the point.
+      start: parameters to begin with; the reference serves.
       length: longest response, tokens.
       step: at which scheduled weights are evaluated.
 
     Returns:
-      The policy [N], and the largest entry of the expected gradient there.
+      Per game the policy [N], and the last move of a logit, nats: far below one if the
+      point was found.
     """
     with jax.enable_x64(True):
         frozen = jax.tree.map(_as_float64, dict(frozen))
-        flat_P, restore = jax.flatten_util.ravel_pytree(
+        start_P, restore = jax.flatten_util.ravel_pytree(
             jax.tree.map(_as_float64, start)
         )
-        judge = table_judge(model, *map(_as_float64, game))
 
-        def slope(flat_P):
+        def direction(flat_P, game):
             params = restore(flat_P)
             sets = {name: params for name in (POLICY, *algorithm.derived_sets)}
+            judge = table_judge(model, *game)
             found = expected_gradient(
                 model, algorithm, judge, frozen | sets, length, step=step
             )
-            return jax.flatten_util.ravel_pytree(found)[0]
+            slope_P = jax.flatten_util.ravel_pytree(found)[0]
+            fisher_PP = _fisher(model, restore, flat_P, length)
+            inverse_PP = jnp.linalg.pinv(fisher_PP, rtol=NO_SAY, hermitian=True)
+            return inverse_PP @ slope_P
 
-        slopes = jax.jit(jax.vmap(slope))
-        for _ in range(NEWTON_STEPS):
-            slope_P, curvature_PP = _differences(slopes, np.asarray(flat_P))
-            if np.abs(slope_P).max() < SLOPE_TOLERANCE:
-                break
-            move_P = np.linalg.lstsq(curvature_PP, -slope_P, rcond=1e-7)[0]
-            flat_P = flat_P + move_P * min(1.0, 1.0 / max(np.abs(move_P).max(), 1e-30))
-        policy_N = np.asarray(tabular.response_policy(model, restore(flat_P), length))
-        return policy_N, float(np.abs(slope_P).max())
+        # Compiled once for all games.
+        directions = jax.jit(jax.vmap(direction, in_axes=(0, None)))
+        found = []
+        for game in games:
+            game = tuple(map(_as_float64, game))
+            flat_P, move = _newton(lambda x, g=game: directions(x, g), start_P)
+            policy_N = tabular.response_policy(model, restore(flat_P), length)
+            found.append((np.asarray(policy_N), move))
+        return found
 
 
-def _differences(slopes, flat_P) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the slope and, by central differences, its derivative.
+def _newton(function, start_P) -> tuple[jax.Array, float]:
+    """Returns a zero of the function (of several points at once), and the last move."""
+    flat_P, largest = start_P, np.inf
+    for _ in range(NEWTON_STEPS):
+        value_P, slope_PP = _differences(function, np.asarray(flat_P))
+        move_P = np.linalg.lstsq(slope_PP, -value_P, rcond=1e-7)[0]
+        largest = float(np.abs(move_P).max())
+        flat_P = flat_P + move_P * min(1.0, LONGEST_MOVE / max(largest, 1e-30))
+        if largest < MOVE_TOLERANCE:
+            break
+    return flat_P, largest
+
+
+def _fisher(model, restore, flat_P, length) -> jax.Array:
+    """Returns E[grad log pi grad log pi^T], [P, P]."""
+    choices = tabular.all_responses(model, length)
+
+    def log_probs(flat_P):
+        sets, speaker = {POLICY: restore(flat_P)}, Speaker({POLICY: 1.0})
+        return tabular.response_log_probs(model, sets, speaker, choices)
+
+    score_NP = jax.jacrev(log_probs)(flat_P)
+    return (score_NP.T * jnp.exp(log_probs(flat_P))[None, :]) @ score_NP
+
+
+def _differences(function, flat_P) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the function's value [P] and, by central differences, its slope [P, P].
 
     Differentiation would not see through the constants of the losses.
     """
     moves_PP = DIFFERENCE * np.eye(len(flat_P))
     around = np.concatenate([[flat_P], flat_P + moves_PP, flat_P - moves_PP])
-    slope_P, *found = np.asarray(slopes(jnp.asarray(around)))
+    value_P, *found = np.asarray(function(jnp.asarray(around)))
     after_PP, before_PP = np.split(np.stack(found), 2)
-    return slope_P, (after_PP - before_PP).T / (2 * DIFFERENCE)
+    return value_P, (after_PP - before_PP).T / (2 * DIFFERENCE)
 
 
 def _as_float64(leaf) -> jax.Array:

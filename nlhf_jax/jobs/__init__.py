@@ -13,4 +13,5 @@ JOBS = {
     "train": "nlhf_jax.jobs.train:train",
     "evaluate": "nlhf_jax.jobs.evaluate:evaluate",
     "sample": "nlhf_jax.jobs.sample:sample",
+    "convergence": "nlhf_jax.jobs.convergence:convergence",
 }

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by sampling ends where theory says, and the table that shows it."""
+
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from nlhf_jax import cli
+from nlhf_jax.algorithms import ALGORITHMS
+from nlhf_jax.checks import UserError
+from nlhf_jax.evaluation import convergence
+from nlhf_jax.games import matrices, solutions
+from nlhf_jax.types import POLICY, REFERENCE
+from tests.algorithms_test import TABLE
+
+SETTINGS = convergence.ConvergenceSettings()
+RUNS = list(convergence.algorithms(SETTINGS, {}))
+KINDS = ("cyclic", "bradley_terry", "random")
+FEW = convergence.ConvergenceSettings(
+    train_steps=4, batch_size=4, num_seeds=2, num_records=2
+)
+FEW_FLAGS = ["--train_steps=50", "--batch_size=4", "--num_seeds=2"]
+
+
+@functools.cache
+def laboratory():
+    return convergence.laboratory(SETTINGS)
+
+
+def token_mixture(policy, reference, beta):
+    """The mixture of two tokens of three, one at a time, in plain numpy."""
+
+    def factors(whole):
+        joint = whole.reshape(3, 3)
+        first = joint.sum(axis=1)
+        return first, joint / first[:, None]
+
+    (first, second), (first_mu, second_mu) = factors(policy), factors(reference)
+    first = solutions.geometric_mixture(first, first_mu, beta)
+    rows = [
+        solutions.geometric_mixture(row, row_mu, beta)
+        for row, row_mu in zip(second, second_mu, strict=True)
+    ]
+    return (first[:, None] * np.stack(rows)).ravel()
+
+
+def response_to_own_mixture(game, reference, tau, beta):
+    """The policy that best-responds to its own token-level mixture: a slow iteration,
+    each step a small part of the way to the best response."""
+    policy = reference
+    for _ in range(3000):
+        opponent = token_mixture(policy, reference, beta)
+        answer = solutions.best_response(game, reference, tau, opponent)
+        policy = solutions.geometric_mixture(policy, answer, 0.05)
+    np.testing.assert_allclose(policy, answer, rtol=0, atol=1e-12)
+    return policy
+
+
+def known_policy(name, game):
+    """The documented fixed point for responses of two tokens."""
+    base, _, annealed = name.partition(convergence.ANNEALED)
+    rows = {row.beta: row for row in TABLE if row.name == base}
+    beta = 0.0 if name.endswith(convergence.ANNEALED) else next(iter(rows))
+    assert annealed == ""
+    reference, tau = laboratory().reference_N, SETTINGS.tau
+    if beta is not None and 0 < beta < 1:
+        # For one token only there is a closed form.
+        return response_to_own_mixture(game.preference_NN, reference, tau, beta)
+    row = rows[beta]
+    return row.fixed_point(game.preference_NN, game.reward_N, reference, tau)
+
+
+@functools.cache
+def outcomes(name):
+    """Returns kind -> outcome of the algorithm at the settings of the command."""
+    algorithm = convergence.algorithms(SETTINGS, {})[name]
+    found = convergence.measure_algorithm(laboratory(), name, algorithm, seed=0)
+    return {outcome.game: outcome for outcome in found}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_sampled_training_ends_at_the_documented_fixed_point(name):
+    assert tuple(outcomes(name)) == KINDS
+    for kind, outcome in outcomes(name).items():
+        game = laboratory().games[kind]
+        known = known_policy(name, game)
+        np.testing.assert_allclose(outcome.fixed_point_N, known, rtol=0, atol=1e-12)
+        # Each probability, in the mean over eight runs, within five standard errors of
+        # that mean; the rest is for what is left of the start after the last step.
+        runs = outcome.policies_SN
+        error = runs.std(axis=0, ddof=1) / math.sqrt(len(runs))
+        off = np.abs(runs.mean(axis=0) - known)
+        assert (off < 5 * error + 5e-4).all(), (kind, off, error)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_final_gap_is_that_of_the_fixed_point(name):
+    lab = laboratory()
+    for kind, outcome in outcomes(name).items():
+        game, known = lab.games[kind], known_policy(name, lab.games[kind])
+        theory = convergence.duality_gap(
+            game.preference_NN, lab.reference_N, SETTINGS.tau, known
+        )
+        assert abs(outcome.theory - theory) < 1e-12, kind
+        # Six standard errors of a run. Near its least value the gap is a square of
+        # the errors, so that its mean lies about two of them above.
+        assert abs(outcome.end - theory) < 6 * outcome.spread + 1e-6, kind
+        assert outcome.start > 0.05
+        np.testing.assert_allclose(outcome.gaps_SK[:, 0], outcome.start, atol=1e-5)
+        assert outcome.gaps_SK.min() > -1e-6
+
+
+@pytest.mark.parametrize("name", ["self_play", "nash_md_pg" + convergence.ANNEALED])
+def test_self_play_and_an_annealed_mixture_find_the_equilibrium(name):
+    for kind, outcome in outcomes(name).items():
+        assert abs(outcome.theory) < 1e-12
+        assert outcome.end < 2e-3, kind
+
+
+@pytest.mark.parametrize("name", ["nash_md_pg", "best_response", "reward_pg"])
+def test_others_do_not_find_the_equilibrium_of_a_cycle(name):
+    # By more than ten standard errors: what they lack is seen, not a slow start.
+    cyclic = outcomes(name)["cyclic"]
+    best = outcomes("self_play")["cyclic"]
+    error = math.hypot(cyclic.spread, best.spread) / math.sqrt(SETTINGS.num_seeds)
+    assert cyclic.end - best.end > 4 * error
+    assert cyclic.theory > 4e-3
+
+
+@pytest.mark.parametrize("size", [3, 4, 9])
+def test_games_are_what_their_names_say(size):
+    found = convergence.games(size)
+    assert tuple(found) == KINDS
+    for game in found.values():
+        matrices.check_preference_matrix(game.preference_NN)
+        assert (game.preference_NN > 0).all()
+    cyclic = found["cyclic"]
+    # No response is better than another on the whole, and each beats what follows it.
+    np.testing.assert_allclose(cyclic.preference_NN.mean(axis=1), 0.5, atol=1e-12)
+    np.testing.assert_allclose(cyclic.reward_N, 0.0, atol=1e-12)
+    beats = (cyclic.preference_NN > 0.5).sum(axis=1)
+    np.testing.assert_array_equal(beats, (size - 1) // 2)
+    transitive = found["bradley_terry"]
+    again = matrices.bradley_terry(4 * transitive.reward_N)
+    np.testing.assert_allclose(again, transitive.preference_NN, rtol=0, atol=1e-12)
+
+
+def test_the_duality_gap_is_what_both_players_can_gain():
+    rng = np.random.default_rng(0)
+    game, reference, tau = matrices.random_game(rng, 4), rng.dirichlet(np.ones(4)), 0.1
+    policy = rng.dirichlet(np.ones(4))
+
+    def value(first, second):
+        ratio = [tau * solutions.kl(one, reference) for one in (first, second)]
+        return first @ game @ second - ratio[0] + ratio[1]
+
+    answer = solutions.best_response(game, reference, tau, policy)
+    known = value(answer, policy) - value(policy, answer)
+    found = convergence.duality_gap(game, reference, tau, policy)
+    np.testing.assert_allclose(found, known, rtol=0, atol=1e-12)
+    others = rng.dirichlet(np.ones(4), size=200)
+    assert max(value(one, policy) - value(policy, one) for one in others) <= known
+
+
+def newcomer(*, tau: float, decay: float):
+    del decay
+    return ALGORITHMS["self_play"](tau=tau)
+
+
+def two_only(monkeypatch, **more):
+    """Leaves self-play and `more` in the registry."""
+    for name in set(ALGORITHMS) - {"self_play"}:
+        monkeypatch.delitem(ALGORITHMS, name)
+    for name, factory in more.items():
+        monkeypatch.setitem(ALGORITHMS, name, factory)
+
+
+def test_every_registered_algorithm_is_run():
+    assert {name.removesuffix(convergence.ANNEALED) for name in RUNS} == set(ALGORITHMS)
+    assert "nash_md_pg" + convergence.ANNEALED in RUNS
+    assert "self_play" + convergence.ANNEALED not in RUNS
+
+
+def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
+    two_only(monkeypatch, newcomer=newcomer)
+    with pytest.raises(UserError, match=r"newcomer needs a value of decay: --extra="):
+        convergence.algorithms(FEW, {})
+    found = convergence.measure(FEW, {"newcomer": {"decay": 0.9}})
+    assert [o.algorithm for o in found] == ["self_play"] * 3 + ["newcomer"] * 3
+    # The same loss on the same samples.
+    np.testing.assert_array_equal(found[0].gaps_SK, found[3].gaps_SK)
+    with pytest.raises(UserError, match="did you mean 'newcomer'"):
+        convergence.algorithms(FEW, {"newcomers": {}})
+
+
+def test_beta_falls_to_zero_half_way():
+    algorithm = convergence.algorithms(SETTINGS, {})[
+        "nash_md_pg" + convergence.ANNEALED
+    ]
+    opponent = algorithm.speakers[1].weights
+    for step, beta in ((0, 0.25), (375, 0.125), (750, 0.0), (1500, 0.0)):
+        assert float(opponent[REFERENCE](step)) == beta
+        assert float(opponent[POLICY](step)) == 1 - beta
+
+
+def test_the_command_prints_a_line_for_each_algorithm(monkeypatch, capsys):
+    two_only(monkeypatch)
+    assert cli.main(["convergence", *FEW_FLAGS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| algorithm | cyclic | bradley_terry | random |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| the reference",
+        "| self_play",
+    ]
+    assert "| 0.05679 |" in lines[2]
+    assert lines[3].count("(0)") == 3
+
+
+def test_the_command_prints_everything_as_json(monkeypatch, capsys):
+    two_only(monkeypatch)
+    assert cli.main(["convergence", *FEW_FLAGS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["game"] for row in found] == list(KINDS)
+    for row in found:
+        assert row["algorithm"] == "self_play" and row["num_seeds"] == 2
+        assert np.shape(row["gaps"]) == (2, 51)
+        assert row["end"] == pytest.approx(np.mean([run[-1] for run in row["gaps"]]))
+        assert abs(sum(row["fixed_point"]) - 1) < 1e-12
+        assert abs(row["theory"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "flag, complaint",
+    [
+        ("--tau=0.0", "tau must be in (0.0, inf), got 0.0"),
+        ("--beta=1.5", "beta must be in [0.0, 1.0], got 1.5"),
+        ("--num_seeds=1", "num_seeds must be an integer of at least 2, got 1"),
+        ("--train_steps=70", "num_records must divide train_steps 70, got 50"),
+        ("--vocab_size=99", "must be at most 4096 to enumerate all responses"),
+        ("--extra={'self_plya': {}}", "did you mean 'self_play'"),
+    ],
+)
+def test_mistakes_are_one_sentence(flag, complaint, capsys):
+    assert cli.main(["convergence", flag]) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_point_that_was_not_found_is_no_figure():
+    outcome = outcomes("self_play")["cyclic"]
+    lost = [convergence.dataclasses.replace(outcome, theory=math.nan)]
+    assert convergence.table(lost).endswith("(?) |")
+    assert json.loads(json.dumps(convergence.records(lost)))[0]["theory"] is None
+
+
+def test_the_same_seed_gives_the_same_runs():
+    lab = convergence.laboratory(FEW)
+    algorithm = ALGORITHMS["self_play"](tau=0.1)
+    first, again, other = (
+        convergence.train(lab, algorithm, jax.random.key(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other)[:, :, 1:].max() > 1e-3
+    # Games, seeds, records and the start, responses; every run on its own samples.
+    assert first.shape == (3, 2, 3, 9)
+    assert np.abs(first[:, 0, -1] - first[:, 1, -1]).max() > 1e-3
