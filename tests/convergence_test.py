@@ -4,6 +4,8 @@
 import functools
 import json
 import math
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from nlhf_jax.games import matrices, solutions
 from nlhf_jax.types import POLICY, REFERENCE
 from tests.algorithms_test import TABLE
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = convergence.ConvergenceSettings()
 RUNS = list(convergence.algorithms(SETTINGS, {}))
 KINDS = ("cyclic", "bradley_terry", "random")
@@ -197,6 +200,28 @@ def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
         convergence.algorithms(FEW, {"newcomers": {}})
 
 
+def figures(cell):
+    """Returns (end, standard error, theory) of a cell of the table."""
+    found = re.fullmatch(r"([\d.]+) ± ([\d.]+) \(([\d.]+)\)", cell)
+    return tuple(float(text) for text in found.groups())
+
+
+def test_the_readme_shows_the_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = text[text.index("| algorithm | cyclic") :].partition("\n\n")[0]
+    head, _, reference, *rows = [
+        line.strip("| ").split(" | ") for line in printed.splitlines()
+    ]
+    assert head == ["algorithm", *KINDS] and reference[0] == "the reference"
+    assert [row[0] for row in rows] == RUNS
+    for name, *cells in rows:
+        for kind, cell in zip(KINDS, cells, strict=True):
+            outcome, (end, _, theory) = outcomes(name)[kind], figures(cell)
+            # Five decimals are printed; other machines add in another order.
+            assert abs(theory - outcome.theory) < 6e-6
+            assert abs(end - outcome.end) < 2 * outcome.spread + 6e-6
+
+
 def test_beta_falls_to_zero_half_way():
     algorithm = convergence.algorithms(SETTINGS, {})[
         "nash_md_pg" + convergence.ANNEALED
@@ -228,6 +253,7 @@ def test_the_command_prints_everything_as_json(monkeypatch, capsys):
     for row in found:
         assert row["algorithm"] == "self_play" and row["num_seeds"] == 2
         assert np.shape(row["gaps"]) == (2, 51)
+        assert row["steps"] == list(range(51))
         assert row["end"] == pytest.approx(np.mean([run[-1] for run in row["gaps"]]))
         assert abs(sum(row["fixed_point"]) - 1) < 1e-12
         assert abs(row["theory"]) < 1e-12

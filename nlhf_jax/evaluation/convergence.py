@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nlhf_jax import train_step
 from nlhf_jax.algorithms import ALGORITHMS
@@ -101,7 +101,8 @@ class Outcome:
       algorithm: its name in the registry, and what is special about the run.
       game: kind of the game.
       start: gap of the reference, where training begins.
-      gaps_SK: gap of each seed at the recorded steps, the start first.
+      steps_K: updates done at each record, 0 first.
+      gaps_SK: gap of each seed then.
       policies_SN: each seed's policy at the end.
       theory: gap of the algorithm's own fixed point; NaN where none was found.
       fixed_point_N: that policy.
@@ -110,6 +111,7 @@ class Outcome:
     algorithm: str
     game: str
     start: float
+    steps_K: Int[np.ndarray, "K"]
     gaps_SK: Float[np.ndarray, "S K"]
     policies_SN: Float[np.ndarray, "S N"]
     theory: float
@@ -336,6 +338,9 @@ def _judge(lab, name, kind, policies_SKN, point) -> Outcome:
         algorithm=name,
         game=kind,
         start=gap(lab.reference_N),
+        steps_K=np.linspace(
+            0, lab.settings.train_steps, lab.settings.num_records + 1, dtype=int
+        ),
         gaps_SK=np.array([[gap(one_N) for one_N in run] for run in policies_SKN]),
         policies_SN=policies_SKN[:, -1],
         theory=gap(fixed_point_N) if move < FOUND else math.nan,
@@ -380,6 +385,7 @@ def records(outcomes: Sequence[Outcome]) -> list[dict[str, typing.Any]]:
             "num_seeds": len(outcome.policies_SN),
             "theory": None if math.isnan(outcome.theory) else outcome.theory,
             "fixed_point": outcome.fixed_point_N.tolist(),
+            "steps": outcome.steps_K.tolist(),
             "gaps": outcome.gaps_SK.tolist(),
         }
         for outcome in outcomes
