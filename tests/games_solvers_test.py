@@ -349,6 +349,25 @@ def test_usual_runs_end_where_they_say(method):
         np.testing.assert_allclose(found.last_BN[b], answer, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("size, tau", [(3, 1.0), (5, 0.1), (40, 0.02)])
+def test_mirror_prox_alone_finds_what_newton_finds(size, tau):
+    matrix, reference, _ = random_games(size, 1, size)
+    game = solvers.make_game(matrix[0], reference[0], tau)
+    known = solutions.regularised_nash(matrix[0], reference[0], tau)
+    found = np.asarray(solvers.equilibrium(game, tolerance=1e-13))
+    np.testing.assert_allclose(found, known, rtol=0, atol=EXACT)
+    rough = np.asarray(solvers.equilibrium(game, tolerance=1e-4))
+    answer = solutions.best_response(matrix[0], reference[0], tau, rough)
+    assert 1e-9 < np.abs(answer - rough).max() <= 1e-4
+
+
+def test_an_equilibrium_out_of_reach_is_an_error():
+    with pytest.raises(UserError, match=r"10 steps in float64 came within 0\.0"):
+        solvers.equilibrium(skew(), max_steps=10)
+    with pytest.raises(UserError, match="tau must be in"):
+        solvers.equilibrium(skew(0.0))
+
+
 def test_gaps_under_vmap_are_those_of_numpy():
     tau = np.array([0.0, 0.01, 0.1, 1, 5, 0])
     matrix, reference, _ = random_games(3, 6, 4)
@@ -571,3 +590,37 @@ def test_games_check_their_parts():
         solvers.make_game(np.full((2, 2), 0.6), np.array([0.5, 0.5]), TAU)
     with pytest.raises(UserError, match="tau must be in"):
         solvers.decreasing(0.0)
+
+
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        ((np.full((2, 2), 0.5), SKEWED, TAU), r"matrices \[B, N, N\], got shape"),
+        ((np.full((2, 3, 3), 0.5), UNIFORM_4, TAU), "reference must have shape"),
+        ((np.full((2, 3, 3), 0.5), SKEWED, np.ones(3)), "tau must have shape"),
+        ((np.full((2, 3, 3), 0.5), SKEWED, np.array([0.1, -1])), "tau must be in"),
+        ((np.full((2, 3, 3), 0.6), SKEWED, TAU), "must be 1, got"),
+    ],
+)
+def test_many_games_check_their_parts(parts, said):
+    with pytest.raises(UserError, match=said):
+        solvers.make_games(*parts)
+
+
+def test_knobs_that_a_method_does_not_have_are_refused():
+    with pytest.raises(UserError, match=r"'nash_md' reads no beta, got 0\.5"):
+        solvers.solve("nash_md", skew(), START, num_steps=1, beta=0.5)
+    with pytest.raises(UserError, match="beta must be in"):
+        solvers.solve("ema", skew(), START, num_steps=1, beta=1.5)
+    with pytest.raises(UserError, match="interval must be an integer"):
+        solvers.solve("mpo", skew(), START, num_steps=1, interval=-1)
+    with pytest.raises(UserError, match="tau must be in"):
+        solvers.solve("best_response", skew(0.0), START, num_steps=1)
+    games = solvers.make_games(np.stack([matrices.skew()] * 2), SKEWED, TAU)
+    sizes = np.array([1.0, 10.1])
+    with pytest.raises(UserError, match="step_size must be above 0 and at most 10"):
+        solvers.solve_many("omd", games, START, step_size=sizes, num_steps=1)
+    with pytest.raises(UserError, match="start must be 3 probabilities"):
+        solvers.solve_many("omd", games, np.array([1.0, 0, 0]), num_steps=1)
+    with pytest.raises(UserError, match="rho must be 2 weights"):
+        solvers.averaged_gap(games, games.reference_N, np.array([0.5, 0.6]))

@@ -46,6 +46,7 @@ def test_text_refers_to_equations_that_are_there():
 @pytest.mark.parametrize(
     "path",
     [
+        "games/gaps.py",
         "games/methods.py",
         "games/solutions.py",
         "games/solvers.py",

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nlhf_jax.checks import UserError, check_integer, check_range
+from nlhf_jax.games.gaps import averaged_gap, gap, gaps
 from nlhf_jax.games.matrices import check_preference_matrix
 from nlhf_jax.games.methods import (
     ALIASES,
@@ -27,7 +28,9 @@ from nlhf_jax.games.methods import (
     Method,
     begin,
     decreasing,
+    extragradient,
     find_method,
+    payoff,
 )
 from nlhf_jax.games.solutions import Policy, regularised_nash
 from nlhf_jax.types import Schedule
@@ -39,6 +42,7 @@ __all__ = [
     "Outcome",
     "averaged_gap",
     "decreasing",
+    "equilibrium",
     "find_method",
     "gap",
     "gaps",
@@ -52,6 +56,7 @@ __all__ = [
 
 # Rounding may put the first of the decreasing sizes above 1 / tau.
 ROUNDING = 1e-12
+STEPS_A_LOOK = 10  # between two looks at how far the equilibrium is
 
 
 class Outcome(NamedTuple):
@@ -214,49 +219,34 @@ def solve_many(
     )
 
 
-def gap(game: Game, policy_N: Float[Array, "N"]) -> Float[Array, ""]:
-    """Returns max over pi' of P_tau(pi' > pi) - 1/2, which is 0 at the Nash only.
+def equilibrium(
+    game: Game, *, tolerance: float = 1e-10, max_steps: int = 100_000
+) -> Float[Array, "N"]:
+    """Returns the Nash equilibrium at tau by mirror prox, for games of any size.
 
-    In closed form tau log sum_y mu(y) exp(P(y > pi) / tau) + tau KL(pi, mu) - 1/2, and
-    max over y of P(y > pi) - 1/2 at tau = 0: `solutions.regularised_gap` and
-    `solutions.exploitability` under jit and vmap; docs/math.md (9), (10).
-    """
-    value_N = game.preference_NN @ policy_N
-    is_soft = jnp.asarray(game.tau) > 0
-    tau = jnp.where(is_soft, game.tau, 1.0)
-    log_reference_N = jnp.log(game.reference_N)
-    # 0 log 0 = 0
-    held_N = jnp.where(policy_N > 0, policy_N, 1.0)
-    kl = jnp.sum(policy_N * (jnp.log(held_N) - log_reference_N))
-    soft = tau * (jax.nn.logsumexp(log_reference_N + value_N / tau) + kl)
-    return jnp.where(is_soft, soft, value_N.max()) - 0.5
+    Steps until no entry of the best response to the policy differs from it by more
+    than `tolerance`; each costs two matrix-vector products, where
+    `solutions.regularised_nash` solves linear systems; docs/math.md (7), (20).
 
-
-@jax.jit
-def gaps(games: Game, policy_BN: Float[Array, "B N"]) -> Float[Array, "B"]:
-    """Returns the gap of one policy in each of B games."""
-    return jax.vmap(gap)(games, policy_BN)
-
-
-def averaged_gap(
-    games: Game, policy_BN: Float[Array, "B N"], rho_B: np.ndarray
-) -> Float[Array, ""]:
-    """Returns the gap of a contextual policy: sum over prompts of rho(x) gap(x).
-
-    Preference and KL are means over x ~ rho and a policy is free to answer each prompt
-    by itself, so the best response is one per prompt; docs/math.md (15).
+    Args:
+      game: from `make_game`, with tau > 0.
+      tolerance: largest |BR(pi) - pi| of an entry. Below 1e-6 it needs float64
+        (`jax.enable_x64`).
+      max_steps: about log(1 / tolerance) / tau steps are needed at most.
 
     Raises:
-      UserError: rho is not B weights of at least 0 that sum to 1.
+      UserError: tau is 0, or `max_steps` did not suffice.
     """
-    rho_B = np.asarray(rho_B, np.float64)
-    is_good = rho_B.shape == games.tau.shape and (rho_B >= 0).all()
-    if not is_good or abs(rho_B.sum() - 1) > 1e-6:
+    check_range("tau", float(game.tau), 0.0, low_open=True)
+    check_range("tolerance", tolerance, 0.0, low_open=True)
+    check_integer("max_steps", max_steps, 1)
+    policy_N, distance = _jitted_settle(game, tolerance, max_steps)
+    if not distance <= tolerance:
         raise UserError(
-            f"rho must be {len(games.tau)} weights of at least 0 that sum to 1, got "
-            f"{rho_B}"
+            f"max_steps must suffice to come within {tolerance:g} of the equilibrium; "
+            f"{max_steps} steps in {policy_N.dtype} came within {distance:.1g}"
         )
-    return jnp.asarray(rho_B) @ gaps(games, policy_BN)
+    return policy_N
 
 
 def proximal_point(
@@ -302,9 +292,34 @@ def _ends(advance, games, start_BN, sizes_BT, beta, interval) -> Outcome:
     return Outcome(*jax.vmap(one)(games, start_BN, sizes_BT))
 
 
+def _settle(game: Game, tolerance, max_steps) -> tuple[jax.Array, jax.Array]:
+    """Returns the policy mirror prox comes to, and how far from it its answer is."""
+    size = 2 / (1 + 2 * game.tau)
+
+    def distance(iterate: Iterate):
+        value_N = payoff(game, iterate.logits_N)
+        answer_N = jax.nn.softmax(iterate.log_magnet_N + value_N / game.tau)
+        return jnp.abs(answer_N - jax.nn.softmax(iterate.logits_N)).max()
+
+    def is_far(carry):
+        iterate, number = carry
+        return (number < max_steps) & (distance(iterate) > tolerance)
+
+    def advance(carry):
+        iterate, number = carry
+        for _ in range(STEPS_A_LOOK):
+            iterate = extragradient(game, iterate, Knobs(size))
+        return iterate, number + STEPS_A_LOOK
+
+    start = (begin(game, game.reference_N), 0)
+    iterate, _ = jax.lax.while_loop(is_far, advance, start)
+    return jax.nn.softmax(iterate.logits_N), distance(iterate)
+
+
 # One program per method, interval and shape, for as long as Python runs.
 _static = functools.partial(jax.jit, static_argnums=(0, 5))
 _jitted_path, _jitted_ends = _static(path), _static(_ends)
+_jitted_settle = jax.jit(_settle)
 
 
 def _interval(recipe: Method, interval: int | None) -> int:
