@@ -254,6 +254,33 @@ def test_nash_md_follows_the_direction_with_a_constant_opponent(beta, float64):
     np.testing.assert_allclose(-gradient[0, 0], KNOWN[beta][2], rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize(
+    "shift, variance", [(0.0, 0.0195779390075), (0.5, 0.184458754896)]
+)
+def test_the_half_in_the_payoff_is_free_and_quiet(shift, variance, float64):
+    # Trace of the covariance of one sample's gradient at beta 0.25, computed
+    # independently (numpy, float64). A judge that is half a point too kind has the same
+    # effect as leaving 1/2 = P(y > y) out: the same mean, nine times the variance.
+    policy = solutions.normalise(LOGITS)
+    first, second = np.divmod(np.arange(9), 3)
+    weight = policy[first] * np.array(KNOWN[0.25][0])[second]
+    kind = jnp.asarray(matrices.skew()[first, second] + shift)
+
+    def loss(logits, y, preference):
+        log_prob = jax.nn.log_softmax(logits)[y].reshape(1, 1)
+        one = scored(log_prob, np.log(SKEWED)[y].reshape(1, 1), np.ones((1, 1), bool))
+        return nash_md(0.25).loss((one,), Feedback((preference[None],), ())).loss_B[0]
+
+    drawn = [
+        -np.asarray(jax.grad(loss)(jnp.asarray(LOGITS), y, preference))
+        for y, preference in zip(first, kind, strict=True)
+    ]
+    mean = weight @ np.array(drawn)
+    np.testing.assert_allclose(mean, KNOWN[0.25][2], rtol=0, atol=EXACT)
+    found = weight @ np.sum(np.square(drawn), axis=1) - mean @ mean
+    np.testing.assert_allclose(found, variance, rtol=0, atol=EXACT)
+
+
 @each_beta
 def test_an_opponent_that_is_differentiated_turns_the_direction(beta, float64):
     model, speaker = tabular.tabular_model(3, 1), nash_md(beta).speakers[1]

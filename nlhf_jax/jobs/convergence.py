@@ -24,6 +24,7 @@ def convergence(
     num_seeds: int = DEFAULTS.num_seeds,
     vocab_size: int = DEFAULTS.vocab_size,
     length: int = DEFAULTS.length,
+    num_records: int = DEFAULTS.num_records,
     extra: Mapping[str, Mapping[str, float]] | None = None,
     seed: int = 0,
     json: bool = False,
@@ -42,6 +43,7 @@ def convergence(
       num_seeds: runs that differ in nothing but their samples, at least 2.
       vocab_size: tokens.
       length: tokens of every response.
+      num_records: times at which the gap is recorded, for `json`; divides train_steps.
       extra: algorithm -> parameter -> value, for parameters besides tau and beta.
       seed: of sampling.
       json: print everything in full precision as JSON, instead of the table.
@@ -57,6 +59,7 @@ def convergence(
         num_seeds=num_seeds,
         vocab_size=vocab_size,
         length=length,
+        num_records=num_records,
     )
     outcomes = measure(settings, extra, check_integer("seed", seed))
     print(json_text.dumps(records(outcomes)) if json else table(outcomes))
