@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run and count right; nothing here depends on how fast anything is."""
 
+import importlib.util
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import common, rollout
+from benchmarks import common, games, rollout
+from nlhf_jax.games import solutions, solvers
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -99,3 +103,78 @@ def test_no_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common.write_results("", {"a": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def games_found(monkeypatch):
+    # Two libraries that never were: one takes its time, one is not installed.
+    peers = {"slow": ("json", None), "absent": ("no_such_module", None)}
+    monkeypatch.setattr(games, "PEERS", peers)
+    monkeypatch.setattr(games, "peer_seconds", lambda name, n, limit_s: 1000.0)
+    return games.measure(games.SIZES["tiny"], 1)
+
+
+def test_games_have_their_goals_and_name_what_is_absent(
+    games_found, monkeypatch, tmp_path, capsys
+):
+    goals = [figure.goal for figure in games_found["figures"]]
+    assert goals == [1.5, 1.5, None, 1.5, 1.5, None, 0.02, 0.1]
+    assert set(games_found["compilations"].values()) == {1}
+    (note,) = games_found["notes"]
+    assert note.startswith("absent is not installed")
+    assert games_found["figures"][-1].name.startswith("equilibrium at tau")
+    assert 0 < games_found["figures"][-1].median < 1
+    monkeypatch.setattr(games, "measure", lambda size, rounds: games_found)
+    path = tmp_path / "games.json"
+    assert games.main(["--size", "tiny", "--output", str(path)]) == 0
+    out, results = capsys.readouterr().out, json.loads(path.read_text())
+    assert note in out and results["notes"] == [note]
+    assert len(results["figures"]) == len(goals)
+
+
+def test_the_numpy_loop_is_timed_on_its_share(monkeypatch):
+    seconds = {"together": [1.0], "loop": [4.0]}
+    monkeypatch.setattr(games, "interleaved", lambda parts, rounds: seconds)
+    size = games.SIZES["tiny"]  # the loop solves 2 of 4: all would take 8 s
+    assert games.batch_figure(size, 1).values == (1 / 8,)
+
+
+def test_a_library_that_is_too_slow_is_given_smaller_games(monkeypatch):
+    asked = []
+
+    def slow(name, num_actions, limit_s):
+        asked.append(num_actions)
+        return None if num_actions > 6 else 1000.0
+
+    monkeypatch.setattr(games, "PEERS", {"slow": ("json", None)})
+    monkeypatch.setattr(games, "peer_seconds", slow)
+    found, notes = games.equilibrium_figures(games.SIZES["tiny"], 2)
+    assert asked == [12, 6, 6, 6]
+    assert notes == ["slow found no equilibrium of 12 actions in 60 s"]
+    assert found[0].name.endswith("n = 6") and len(found[0].values) == 2
+    monkeypatch.setattr(games, "peer_seconds", lambda *args: None)
+    found, notes = games.equilibrium_figures(games.SIZES["tiny"], 2)
+    assert found == [] and len(notes) == 2
+
+
+def test_a_library_that_fails_is_told_from_one_that_solves():
+    # In a fresh process, where nothing of these tests is patched.
+    assert games.peer_seconds("no such library", 3, 5.0) is None
+    is_installed = importlib.util.find_spec("nashpy") is not None
+    seconds = games.peer_seconds("nashpy", 3, 60.0)
+    assert (seconds is not None) == is_installed
+    assert not is_installed or 0 < seconds < 60
+
+
+def test_numpys_nash_md_is_ours():
+    with jax.enable_x64(True):
+        game = solvers.make_game(games.random_matrix(5), np.full(5, 0.2), games.TAU)
+        known = solvers.solve(
+            "nash_md", game, np.full(5, 0.2), step_size=games.STEP_SIZE, num_steps=20
+        )
+        logits = games.numpy_nash_md(
+            games.random_matrix(5), np.log(np.full(5, 0.2)), 20
+        )
+        np.testing.assert_allclose(
+            solutions.normalise(logits), known[-1], rtol=0, atol=1e-12
+        )
