@@ -115,13 +115,21 @@ def iterate_parts(
     parts = {
         "nash_md": functools.partial(iteration, game, begun),
         "product": functools.partial(bare, scaled_NN, game.reference_N),
-        "nash_md once": functools.partial(one, game, begun, knobs),
-        "product once": functools.partial(once, scaled_NN, game.reference_N),
+        "nash_md calls": _repeated(one, num_steps, game, begun, knobs),
+        "product calls": _repeated(once, num_steps, scaled_NN, game.reference_N),
         "numpy": functools.partial(
             numpy_nash_md, matrix_NN, log_reference_N, num_steps
         ),
     }
     return parts, [iteration, bare, one, once]
+
+
+def _repeated(fn: Callable[..., Any], times: int, *args: Any) -> Callable[[], None]:
+    def run():
+        for _ in range(times):
+            fn(*args)
+
+    return run
 
 
 def iteration_figures(size: Size, rounds: int) -> tuple[list[Figure], dict[str, int]]:
@@ -131,7 +139,11 @@ def iteration_figures(size: Size, rounds: int) -> tuple[list[Figure], dict[str, 
         parts, counted = iterate_parts(actions, num_steps)
         seconds = interleaved(parts, rounds)
         rows = (
-            ("Nash-MD iteration / product, one call", "nash_md once", "product once"),
+            (
+                "Nash-MD iteration / product, a call each",
+                "nash_md calls",
+                "product calls",
+            ),
             ("Nash-MD iteration / product, in a loop", "nash_md", "product"),
             ("Nash-MD iteration / numpy's, in a loop", "nash_md", "numpy"),
         )
