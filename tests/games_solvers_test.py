@@ -121,8 +121,12 @@ def test_mirror_prox_shrinks_the_divergence_at_its_rate(seed):
         ("extragradient", 0.5, 209),
         ("mirror_descent", 1.0, 114),
         ("extragradient", 1.0, 98),
+        ("mirror_descent", 2.0, 60),
+        ("extragradient", 2.0, 43),
         ("mirror_descent", 4.0, 38),
         ("extragradient", 4.0, 16),
+        ("mirror_descent", 8.0, 133),
+        ("extragradient", 8.0, 24),
     ],
 )
 def test_steps_until_the_divergence_is_tiny(method, size, known):
@@ -180,6 +184,22 @@ def test_multiplicative_weights_spiral_out_but_their_average_converges():
     np.testing.assert_allclose(exploitability, [0.0175, 0.0297, 0.0368], atol=6e-5)
     average = np.vstack([START, policies])[:1000].mean(axis=0)
     assert solutions.exploitability(DICE, average) < 1e-3
+
+
+@pytest.mark.parametrize("method", solvers.METHODS)
+def test_on_dice_only_plain_weights_move_away(method):
+    game = solvers.make_game(DICE, UNIFORM, TAU)
+    path = solvers.solve(method, game, START, num_steps=10_000)
+    start, end = (
+        solutions.exploitability(DICE, p) for p in (START, np.asarray(path[-1]))
+    )
+    assert end > 2 * start if method == "mwu" else end < start / 10
+
+
+def test_an_optimistic_step_that_is_too_large_diverges():
+    path = solvers.solve("oomd", skew(), START, step_size=8.0, num_steps=2000)
+    gaps = jax.vmap(solvers.gap, in_axes=(None, 0))(skew(), path[-100:])
+    assert gaps.min() > 0.05
 
 
 def test_optimistic_weights_find_the_equilibrium_without_regularisation():
@@ -442,6 +462,9 @@ def test_a_moving_magnet_is_the_proximal_point():
     nash = np.array([1 / 6, 1 / 2, 1 / 3])
     distances = [solutions.kl(nash, mu) for mu in [SKEWED, *known[:3]]]
     np.testing.assert_allclose(distances, [0.2426, 0.1042, 0.0484, 0.0266], atol=6e-5)
+    far = solvers.proximal_point(matrices.skew(), SKEWED, TAU, 20)
+    distances = [solutions.kl(nash, far[k - 1]) for k in (10, 20)]
+    np.testing.assert_allclose(distances, [2.4e-4, 2.3e-7], rtol=0.03)
 
 
 def test_a_schedule_begins_again_with_each_magnet():

@@ -394,6 +394,50 @@ def test_where_a_fixed_beta_stops(beta):
         assert_near(solutions.regularised_nash(game, mu, TAU / (1 - beta)), mixture)
 
 
+# Exploitability of weights on the dice from START after T steps: last and average
+# policies of plain weights with s = 1, last policies of optimistic ones with s = 2.
+WEIGHTS_ON_DICE = {
+    ("mwu", 1.0): {
+        1: 0.0175,
+        100: 0.0297,
+        1000: 0.0368,
+        10_000: 0.0543,
+        20_000: 0.0551,
+    },
+    ("omwu", 2.0): {100: 0.0219, 1000: 0.0047, 10_000: 3.8e-11},
+}
+AVERAGES_ON_DICE = {100: 0.0194, 1000: 8.6e-4, 20_000: 1.9e-4}
+
+
+@pytest.mark.parametrize("method, size", WEIGHTS_ON_DICE)
+def test_weights_without_regularisation(method, size):
+    game = solvers.make_game(GAMES["dice"], REFERENCES["u"], 0.0)
+    path = solvers.solve(method, game, START, step_size=size, num_steps=20_000)
+    for step, known in WEIGHTS_ON_DICE[method, size].items():
+        found = solvers.gap(game, path[step - 1])
+        # Half a unit of the last digit that is known.
+        assert abs(found - known) < (5e-5 if known > 1e-3 else 5e-13)
+    if method == "mwu":
+        np.testing.assert_allclose(path[-1], [0.9962, 0.0035, 0.0003], atol=5e-5)
+        mean = np.cumsum(np.vstack([START, path]), axis=0)
+        for step, known in AVERAGES_ON_DICE.items():
+            found = solvers.gap(game, jnp.asarray(mean[step - 1] / step))
+            assert abs(found - known) < (5e-5 if known > 1e-3 else 5e-6)
+
+
+@pytest.mark.parametrize("method, known", [("omd", 0.046), ("nash_md", 0.072)])
+def test_cycles_at_the_papers_tau(method, known):
+    # tau .008, s = 2.325: a gap known after 20,000 steps, at some place of the cycle.
+    # From every start the gaps run over the same range: it is one limit cycle.
+    game, ranges = skew(0.008), []
+    for start in (START, *REFERENCES.values()):
+        path = solvers.solve(method, game, start, step_size=2.325, num_steps=20_000)
+        gaps = jax.vmap(solvers.gap, in_axes=(None, 0))(game, path[-400:])
+        ranges.append((gaps.min(), gaps.max()))
+    np.testing.assert_allclose(ranges, [ranges[0]] * 3, rtol=0, atol=2e-3)
+    assert ranges[0][0] < known < ranges[0][1]
+
+
 # Softmax logits (.3, -.1, .2), tau .05: the policy, and its KL to the reference.
 LOGITS, TAU_OF_GRADIENTS = np.array([0.3, -0.1, 0.2]), 0.05
 POLICY_OF_GRADIENTS = (0.38832576801688, 0.2603025466939, 0.35137168528922)
