@@ -15,24 +15,24 @@ import pytest
 from nlhf_jax import cli
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.checks import UserError
-from nlhf_jax.evaluation import convergence
+from nlhf_jax.evaluation import convergence, laboratory
 from nlhf_jax.games import matrices, solutions
 from nlhf_jax.types import POLICY, REFERENCE, Speaker
 from tests.algorithms_test import TABLE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SETTINGS = convergence.ConvergenceSettings()
-RUNS = list(convergence.algorithms(SETTINGS, {}))
+SETTINGS = laboratory.ConvergenceSettings()
+RUNS = list(laboratory.algorithms(SETTINGS, {}))
 KINDS = ("cyclic", "bradley_terry", "random")
-FEW = convergence.ConvergenceSettings(
+FEW = laboratory.ConvergenceSettings(
     train_steps=4, batch_size=4, num_seeds=2, num_records=2
 )
 FEW_FLAGS = ["--train_steps=50", "--batch_size=4", "--num_seeds=2"]
 
 
 @functools.cache
-def laboratory():
-    return convergence.laboratory(SETTINGS)
+def the_laboratory():
+    return laboratory.make_laboratory(SETTINGS)
 
 
 def token_mixture(policy, reference, beta):
@@ -66,11 +66,11 @@ def response_to_own_mixture(game, reference, tau, beta):
 
 def known_policy(name, game):
     """The documented fixed point for responses of two tokens."""
-    base, _, annealed = name.partition(convergence.ANNEALED)
+    base, _, annealed = name.partition(laboratory.ANNEALED)
     rows = {row.beta: row for row in TABLE if row.name == base}
-    beta = 0.0 if name.endswith(convergence.ANNEALED) else next(iter(rows))
+    beta = 0.0 if name.endswith(laboratory.ANNEALED) else next(iter(rows))
     assert annealed == ""
-    reference, tau = laboratory().reference_N, SETTINGS.tau
+    reference, tau = the_laboratory().reference_N, SETTINGS.tau
     if beta is not None and 0 < beta < 1:
         # For one token only there is a closed form.
         return response_to_own_mixture(game.preference_NN, reference, tau, beta)
@@ -81,8 +81,8 @@ def known_policy(name, game):
 @functools.cache
 def outcomes(name):
     """Returns kind -> outcome of the algorithm at the settings of the command."""
-    algorithm = convergence.algorithms(SETTINGS, {})[name]
-    found = convergence.measure_algorithm(laboratory(), name, algorithm, seed=0)
+    algorithm = laboratory.algorithms(SETTINGS, {})[name]
+    found = convergence.measure_algorithm(the_laboratory(), name, algorithm, seed=0)
     return {outcome.game: outcome for outcome in found}
 
 
@@ -90,7 +90,7 @@ def outcomes(name):
 def test_sampled_training_ends_at_the_documented_fixed_point(name):
     assert tuple(outcomes(name)) == KINDS
     for kind, outcome in outcomes(name).items():
-        game = laboratory().games[kind]
+        game = the_laboratory().games[kind]
         known = known_policy(name, game)
         np.testing.assert_allclose(outcome.fixed_point_N, known, rtol=0, atol=1e-12)
         # Each probability, in the mean over eight runs, within four standard errors of
@@ -103,7 +103,7 @@ def test_sampled_training_ends_at_the_documented_fixed_point(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_final_gap_is_that_of_the_fixed_point(name):
-    lab = laboratory()
+    lab = the_laboratory()
     for kind, outcome in outcomes(name).items():
         game, known = lab.games[kind], known_policy(name, lab.games[kind])
         theory = convergence.duality_gap(
@@ -118,7 +118,7 @@ def test_the_final_gap_is_that_of_the_fixed_point(name):
         assert outcome.gaps_SK.min() > -1e-6
 
 
-@pytest.mark.parametrize("name", ["self_play", "nash_md_pg" + convergence.ANNEALED])
+@pytest.mark.parametrize("name", ["self_play", "nash_md_pg" + laboratory.ANNEALED])
 def test_self_play_and_an_annealed_mixture_find_the_equilibrium(name):
     for kind, outcome in outcomes(name).items():
         assert abs(outcome.theory) < 1e-12
@@ -156,7 +156,7 @@ def against_an_average(*, tau: float, beta: float):
 
 
 def test_sets_that_follow_the_policy_are_the_policy_at_the_fixed_point():
-    lab = convergence.laboratory(FEW)
+    lab = laboratory.make_laboratory(FEW)
     algorithm = against_an_average(tau=0.1, beta=0.5)
     found = convergence.measure_algorithm(lab, "average", algorithm, seed=0)
     for outcome in found:
@@ -170,7 +170,7 @@ def test_sets_that_follow_the_policy_are_the_policy_at_the_fixed_point():
 
 @pytest.mark.parametrize("size", [3, 4, 9])
 def test_games_are_what_their_names_say(size):
-    found = convergence.games(size)
+    found = laboratory.games(size)
     assert tuple(found) == KINDS
     for game in found.values():
         matrices.check_preference_matrix(game.preference_NN)
@@ -217,15 +217,15 @@ def two_only(monkeypatch, **more):
 
 
 def test_every_registered_algorithm_is_run():
-    assert {name.removesuffix(convergence.ANNEALED) for name in RUNS} == set(ALGORITHMS)
-    assert "nash_md_pg" + convergence.ANNEALED in RUNS
-    assert "self_play" + convergence.ANNEALED not in RUNS
+    assert {name.removesuffix(laboratory.ANNEALED) for name in RUNS} == set(ALGORITHMS)
+    assert "nash_md_pg" + laboratory.ANNEALED in RUNS
+    assert "self_play" + laboratory.ANNEALED not in RUNS
 
 
 def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
     two_only(monkeypatch, newcomer=newcomer)
     with pytest.raises(UserError, match=r"newcomer needs a value of decay: --extra="):
-        convergence.algorithms(FEW, {})
+        laboratory.algorithms(FEW, {})
     # Where it ends in theory is the other tests' business.
     monkeypatch.setattr(
         convergence.exact,
@@ -237,7 +237,7 @@ def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
     # The same loss on the same samples.
     np.testing.assert_array_equal(found[0].gaps_SK, found[3].gaps_SK)
     with pytest.raises(UserError, match="did you mean 'newcomer'"):
-        convergence.algorithms(FEW, {"newcomers": {}})
+        laboratory.algorithms(FEW, {"newcomers": {}})
 
 
 def figures(cell):
@@ -263,9 +263,7 @@ def test_the_readme_shows_the_table():
 
 
 def test_beta_falls_to_zero_half_way():
-    algorithm = convergence.algorithms(SETTINGS, {})[
-        "nash_md_pg" + convergence.ANNEALED
-    ]
+    algorithm = laboratory.algorithms(SETTINGS, {})["nash_md_pg" + laboratory.ANNEALED]
     opponent = algorithm.speakers[1].weights
     for step, beta in ((0, 0.25), (375, 0.125), (750, 0.0), (1500, 0.0)):
         assert float(opponent[REFERENCE](step)) == beta
@@ -325,7 +323,7 @@ def test_a_point_that_was_not_found_is_no_figure():
 
 
 def test_the_same_seed_gives_the_same_runs():
-    lab = convergence.laboratory(FEW)
+    lab = laboratory.make_laboratory(FEW)
     algorithm = ALGORITHMS["self_play"](tau=0.1)
     first, again, other = (
         convergence.train(lab, algorithm, jax.random.key(seed)) for seed in (1, 1, 2)

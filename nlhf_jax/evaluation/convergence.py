@@ -4,15 +4,12 @@
 A tabular model of a few tokens plays a matrix game: its responses are the actions. The
 rollout, the judging, the loss and the update are those that train a large model; only
 then is the policy enumerated and its distance to the equilibrium computed exactly. G is
-the number of games, S the seeds, N the responses.
+the number of games, S the seeds, K the records, N the responses.
 """
 
-import collections.abc
 import dataclasses
 import functools
-import inspect
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 
@@ -23,74 +20,19 @@ import optax
 from jaxtyping import Float, Int
 
 from nlhf_jax import train_step
-from nlhf_jax.algorithms import ALGORITHMS
-from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
 from nlhf_jax.evaluation import exact
-from nlhf_jax.games import matrices, solutions
+from nlhf_jax.evaluation.laboratory import (
+    ConvergenceSettings,
+    Laboratory,
+    algorithms,
+    make_laboratory,
+)
+from nlhf_jax.games import solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
-from nlhf_jax.types import POLICY, REFERENCE, Algorithm, LanguageModel, Params
+from nlhf_jax.types import POLICY, REFERENCE, Algorithm
 
-# A seed with which the reference is far from every equilibrium.
-GAMES_SEED, REFERENCE_SPREAD, REWARD_SPREAD, MARGIN = 9, 0.7, 0.7, 0.4
-ANNEALED = ", beta to 0"  # what marks a second run of an algorithm, its beta annealed
 FOUND = 1e-9  # last move of Newton's method, nats, where a fixed point was found
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvergenceSettings:
-    """How the algorithms are trained.
-
-    Attributes:
-      tau: strength of the KL to the reference, per nat, > 0.
-      beta: weight of the reference in a mixed opponent, in [0, 1].
-      train_steps: updates.
-      batch_size: responses of each speaker per update.
-      num_seeds: runs that differ in nothing but their samples, at least 2.
-      learning_rate: peak step of plain gradient descent; it falls to 0 as a cosine.
-      vocab_size: tokens.
-      length: tokens of every response.
-      num_records: times at which the gap is recorded; divides `train_steps`.
-    """
-
-    tau: float = 0.1
-    beta: float = 0.25
-    train_steps: int = 1500
-    batch_size: int = 128
-    num_seeds: int = 8
-    learning_rate: float = 8.0
-    vocab_size: int = 3
-    length: int = 2
-    num_records: int = 50
-
-    def __post_init__(self):
-        check_range("tau", self.tau, 0.0, low_open=True)
-        check_range("beta", self.beta, 0.0, 1.0)
-        check_integer("num_seeds", self.num_seeds, 2)
-        check_range("learning_rate", self.learning_rate, 0.0, low_open=True)
-        for name in ("train_steps", "batch_size", "num_records"):
-            check_integer(name, getattr(self, name), 1)
-        if self.train_steps % self.num_records:
-            raise UserError(
-                f"num_records must divide train_steps {self.train_steps}, "
-                f"got {self.num_records}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Game:
-    """A game over the responses of the model.
-
-    Attributes:
-      preference_NN: P(row preferred to column).
-      reward_N: what a scalar judge says: the mean log-odds of being preferred to a
-        response, over 4, so that a small difference of two rewards is the difference
-        of preferences it stands for. In a Bradley-Terry game these are its scores,
-        over 4 and up to a constant.
-    """
-
-    preference_NN: Float[np.ndarray, "N N"]
-    reward_N: Float[np.ndarray, "N"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,106 +68,6 @@ class Outcome:
     def spread(self) -> float:
         """Standard error of one run: the standard deviation over seeds."""
         return float(self.gaps_SK[:, -1].std(ddof=1))
-
-
-class Laboratory(typing.NamedTuple):
-    """What all algorithms share: who speaks, where training begins, what is played."""
-
-    model: LanguageModel
-    reference: Params
-    games: Mapping[str, Game]
-    settings: ConvergenceSettings
-
-    @property
-    def reference_N(self) -> Float[np.ndarray, "N"]:
-        """The reference as a policy of the games, in float64."""
-        with jax.enable_x64(True):
-            policy_N = tabular.response_policy(
-                self.model, self.reference, self.settings.length
-            )
-            return np.asarray(policy_N)
-
-
-def laboratory(settings: ConvergenceSettings) -> Laboratory:
-    """Returns a tabular model with a random reference, and a game of each kind.
-
-    Raises:
-      UserError: more responses than can be enumerated.
-    """
-    model = tabular.tabular_model(settings.vocab_size, settings.length)
-    reference = jax.tree.map(
-        lambda leaf: REFERENCE_SPREAD * np.asarray(leaf, np.float64),
-        model.init(jax.random.key(1)),
-    )
-    return Laboratory(
-        model, reference, games(model.vocab_size**settings.length), settings
-    )
-
-
-def games(size: int, seed: int = GAMES_SEED) -> dict[str, Game]:
-    """Returns a game of each kind: "cyclic", "bradley_terry" and "random".
-
-    cyclic: responses on a circle in random order; each is preferred to the half that
-    follows it by 0.9, so that no score explains anything. bradley_terry: normal
-    rewards. random: independent uniform preferences.
-    """
-    rng = np.random.default_rng(seed)
-    place_N = rng.permutation(size)
-    ahead_NN = (place_N[None, :] - place_N[:, None]) % size
-    wins_NN = np.sign((size / 2 - ahead_NN) * (ahead_NN > 0))
-    preferences = {
-        "cyclic": 0.5 + MARGIN * wins_NN,
-        "bradley_terry": matrices.bradley_terry(REWARD_SPREAD * rng.normal(size=size)),
-        "random": matrices.random_game(rng, size),
-    }
-    return {
-        kind: Game(found, (np.log(found) - np.log(found.T)).mean(axis=1) / 4)
-        for kind, found in preferences.items()
-    }
-
-
-def algorithms(
-    settings: ConvergenceSettings, extra: Mapping[str, Mapping[str, typing.Any]]
-) -> dict[str, Algorithm]:
-    """Returns every registered algorithm, ready to train.
-
-    An algorithm gets those of `tau` and `beta` that it has, and what `extra` says of
-    it. One whose beta may be a schedule comes twice: with the fixed beta, and with one
-    that falls from there to 0 in the first half of the training.
-
-    Raises:
-      UserError: an algorithm needs a parameter that nothing gives a value; `extra`
-        names an unknown algorithm.
-    """
-    for name in extra:
-        check_choice("algorithm", name, ALGORITHMS)
-    made = {}
-    for name, factory in ALGORITHMS.items():
-        parameters = inspect.signature(factory).parameters
-        common = {"tau": settings.tau, "beta": settings.beta}
-        values = {k: v for k, v in common.items() if k in parameters}
-        values |= dict(extra.get(name, {}))
-        for parameter in parameters.values():
-            if parameter.default is parameter.empty and parameter.name not in values:
-                raise UserError(
-                    f"{name} needs a value of {parameter.name}: "
-                    f"--extra=\"{{'{name}': {{'{parameter.name}': ...}}}}\""
-                )
-        made[name] = factory(**values)
-        if "beta" in parameters and _may_be_schedule(factory):
-            made[name + ANNEALED] = factory(**values | {"beta": _falling(settings)})
-    return made
-
-
-def _may_be_schedule(factory) -> bool:
-    hint = typing.get_type_hints(factory).get("beta")
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return any(typing.get_origin(o) is collections.abc.Callable for o in options)
-
-
-def _falling(settings: ConvergenceSettings):
-    half = settings.train_steps / 2
-    return lambda step: settings.beta * jnp.maximum(0.0, 1.0 - step / half)
 
 
 def train(
@@ -299,7 +141,7 @@ def measure(
     Raises:
       UserError: settings out of range, or an algorithm lacks a value.
     """
-    lab = laboratory(settings)
+    lab = make_laboratory(settings)
     return [
         outcome
         for name, algorithm in algorithms(settings, extra or {}).items()

@@ -5,12 +5,8 @@ import json as json_text
 from collections.abc import Mapping
 
 from nlhf_jax.checks import check_integer
-from nlhf_jax.evaluation.convergence import (
-    ConvergenceSettings,
-    measure,
-    records,
-    table,
-)
+from nlhf_jax.evaluation.convergence import measure, records, table
+from nlhf_jax.evaluation.laboratory import ConvergenceSettings
 
 DEFAULTS = ConvergenceSettings()
 
