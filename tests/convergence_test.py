@@ -66,10 +66,9 @@ def response_to_own_mixture(game, reference, tau, beta):
 
 def known_policy(name, game):
     """The documented fixed point for responses of two tokens."""
-    base, _, annealed = name.partition(laboratory.ANNEALED)
+    base = name.removesuffix(laboratory.ANNEALED)
     rows = {row.beta: row for row in TABLE if row.name == base}
-    beta = 0.0 if name.endswith(laboratory.ANNEALED) else next(iter(rows))
-    assert annealed == ""
+    beta = next(iter(rows)) if name == base else 0.0
     reference, tau = the_laboratory().reference_N, SETTINGS.tau
     if beta is not None and 0 < beta < 1:
         # For one token only there is a closed form.
