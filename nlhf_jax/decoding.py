@@ -53,7 +53,8 @@ def draw(
 
     One uniform number per row instead of one per logit: the same distribution as
     `jax.random.categorical` at a fraction of its cost on a CPU. The vocabulary is
-    summed in blocks; only the block the number falls into is looked at id by id.
+    summed in blocks; only the block the number falls into is looked at id by id:
+    docs/math.md (39).
     Temperature 0 takes the most likely id.
     """
     if temperature == 0:
