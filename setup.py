@@ -29,6 +29,7 @@ REQUIRED = [
     "rich>=14.0",
     "rouge-score>=0.1.2",
     "safetensors>=0.7",
+    "scipy>=1.14",
     "sentencepiece>=0.2.1",
     "seqio>=0.0.20",
     "tensorboard>=2.20",

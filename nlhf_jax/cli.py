@@ -2,6 +2,7 @@
 """The command line: `nlhf JOB --gin_file=... --gin.NAME=VALUE --parameter=VALUE`."""
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import os
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from nlhf_jax import __version__
 from nlhf_jax.checks import UserError, check_choice, nearest
-from nlhf_jax.jobs import JOBS
+from nlhf_jax.jobs import COMMANDS, JOBS
 
 USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 2, 130, 143
 DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
@@ -110,7 +111,10 @@ def _main(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"nlhf_jax {__version__}")
         return 0
-    job = check_choice("job", words[0], JOBS)
+    if words[0] in COMMANDS:
+        module, function = COMMANDS[words[0]].split(":")
+        return getattr(importlib.import_module(module), function)(words[1:])
+    job = check_choice("job", words[0], (*JOBS, *COMMANDS))
     arguments = Arguments(job, words[1:])
     from nlhf_jax import gin_bindings
     from nlhf_jax.jobs import runs
@@ -138,8 +142,11 @@ def _main(words: list[str]) -> int:
 
 
 def _usage() -> str:
-    width = max(map(len, JOBS))
-    jobs = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in JOBS)
+    everything = JOBS | COMMANDS
+    width = max(map(len, everything))
+    jobs = "\n".join(
+        f"  {name:<{width}}  {_summary(place)}" for name, place in everything.items()
+    )
     return (
         "usage: nlhf JOB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]\n"
         "                [--PARAMETER=VALUE ...] [--gin_search_paths=FOLDER,...] "
@@ -149,9 +156,9 @@ def _usage() -> str:
     )
 
 
-def _summary(job: str) -> str:
+def _summary(place: str) -> str:
     """The first sentence of a job's docstring, read without importing the job."""
-    module, function = JOBS[job].split(":")
+    module, function = place.split(":")
     spec = importlib.util.find_spec(module)
     tree = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:

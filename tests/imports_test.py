@@ -49,7 +49,7 @@ LAYERS = (
     ),
     (6, {"checkpoints": ("etils", "orbax"), "progress": ("rich",)}),
     (7, {"loop": ()}),
-    (8, {"jobs": ()}),
+    (8, {"jobs": ("rich",)}),
     (9, {"gin_files": ()}),
     (9, {"gin_lint": ()}),
     (9, {"gin_bindings": ("gin",)}),

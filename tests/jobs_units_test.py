@@ -231,6 +231,9 @@ def test_the_log_ratio_is_the_sum_over_counted_tokens():
         ("only one line here", "only one"),
         ("title\nshort", "short"),
         ("title\n", ""),
+        ("os.path.join(a, b, ...): Puts parts together.", "Puts parts"),
+        ("f(): Puts parts together.", "Puts parts"),
+        ("Calls f(x): now", "Calls f(x):"),
     ],
 )
 def test_leading_words_are_the_bodys(document, expected):

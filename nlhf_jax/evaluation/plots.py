@@ -29,7 +29,7 @@ WIN_COLOUR = (0.16, 0.44, 0.70)
 INK = "#1d2733"
 GREY = "#8a94a0"
 
-_STYLE = {
+STYLE = {
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,
     "svg.fonttype": "path",
@@ -102,7 +102,7 @@ def win_rate_colour(rate: float) -> str:
 
 def tournament_figure(tournaments: Mapping[str, WinRates]) -> Figure:
     """Returns one heat map of win rates per judge, with intervals in the cells."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = max(len(rates.names) for rates in tournaments.values())
         width = 1.6 + 0.95 * size
         figure = Figure(
@@ -162,7 +162,7 @@ def trade_off_figure(
       baseline: the policy every other is compared with.
       divergences: policy -> (sequence-level KL in nats, its standard error).
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.7), layout="constrained")
         axis = figure.subplots()
         axis.axhline(0.5, color=GREY, lw=0.8, ls="--")
@@ -212,7 +212,7 @@ def curve_figures(
     others = [stage for stage in stages if stage not in policies]
     colours = colours_of([*policies, *others])
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for panel in PANELS:
             shown = {
                 stage: curves
@@ -250,7 +250,7 @@ def _draw_panel(panel: Panel, stages: Mapping[str, Curves], colours) -> Figure:
 
 def save_png(figure: Figure, path: str | os.PathLike, *, dpi: int = 160) -> None:
     """Writes the figure as a PNG file."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(os.fspath(path), format="png", dpi=dpi)
 
@@ -258,7 +258,7 @@ def save_png(figure: Figure, path: str | os.PathLike, *, dpi: int = 160) -> None
 def svg_data_uri(figure: Figure) -> str:
     """Returns the figure as a `data:` address of an SVG image, the same every time."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f"data:image/svg+xml;base64,{encoded}"

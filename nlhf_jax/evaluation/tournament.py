@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
+from nlhf_jax.games.solutions import regularised_nash
 
 
 class Interval(NamedTuple):
@@ -198,33 +199,8 @@ def nash_average(rates: WinRates, *, tau: float = 1e-3) -> dict[str, float]:
     Raises:
       UserError: tau is not positive.
 
-    Source: Balduzzi et al. (2018), Re-evaluating evaluation, arXiv 1806.02643. Solved
-    by Newton's method while tau falls from 1: with S the covariance of w, the matrix
-    I - (P - 1/2) S / tau is never singular, as P - 1/2 is antisymmetric.
+    Source: Balduzzi et al. (2018), Re-evaluating evaluation, arXiv 1806.02643.
     """
-    check_range("tau", tau, 0.0, low_open=True)
-    margin_NN = rates.mean_NN - 0.5
-    logits_N = np.zeros(len(margin_NN))
-    for level in np.geomspace(max(1.0, tau), tau, 60):
-        logits_N = _solve_equilibrium(margin_NN / level, logits_N)
-    return dict(zip(rates.names, _softmax(logits_N).tolist(), strict=True))
-
-
-def _softmax(logits_N: np.ndarray) -> np.ndarray:
-    weight_N = np.exp(logits_N - logits_N.max())
-    return weight_N / weight_N.sum()
-
-
-def _solve_equilibrium(payoff_NN: np.ndarray, logits_N: np.ndarray) -> np.ndarray:
-    """Returns logits = payoff @ softmax(logits), from a start that is not far."""
-    identity_NN = np.eye(len(logits_N))
-    for _ in range(200):
-        weight_N = _softmax(logits_N)
-        gap_N = payoff_NN @ weight_N - logits_N
-        covariance_NN = np.diag(weight_N) - np.outer(weight_N, weight_N)
-        step_N = np.linalg.solve(identity_NN - payoff_NN @ covariance_NN, gap_N)
-        # Far from the solution a full step can overshoot the softmax's curvature.
-        logits_N = logits_N + step_N / max(1.0, np.abs(step_N).max() / 2)
-        if np.abs(gap_N).max() < 1e-12 * (1 + np.abs(payoff_NN).max()):
-            break
-    return logits_N
+    uniform_N = np.full(len(rates.names), 1 / len(rates.names))
+    weight_N = regularised_nash(rates.mean_NN, uniform_N, tau)
+    return dict(zip(rates.names, weight_N.tolist(), strict=True))

@@ -114,20 +114,16 @@ def regularised_nash(preference_NN: Matrix, reference_N: Policy, tau: float) -> 
 
 
 def _newton(preference_NN, reference_N, tau, logits_N):
-    size = len(reference_N)
+    identity_NN, payoff_NN = np.eye(len(reference_N)), (preference_NN - 0.5) / tau
     for _ in range(NEWTON_STEPS):
         policy_N = normalise(logits_N)
-        residual_N = logits_N - np.log(reference_N) - preference_NN @ policy_N / tau
-        residual_N = residual_N - residual_N.mean()
-        slope_NN = np.diag(policy_N) - np.outer(policy_N, policy_N)
-        jacobian_NN = np.eye(size) - preference_NN @ slope_NN / tau
-        jacobian_NN = jacobian_NN - jacobian_NN.mean(axis=0)
-        # Logits are free up to a constant; the last row fixes their mean at zero.
-        system = np.vstack([jacobian_NN, np.ones(size)])
-        right = np.append(-residual_N, -logits_N.mean())
-        step_N = np.linalg.lstsq(system, right, rcond=None)[0]
+        residual_N = np.log(reference_N) + payoff_NN @ policy_N - logits_N
+        covariance_NN = np.diag(policy_N) - np.outer(policy_N, policy_N)
+        # Never singular: P - 1/2 is antisymmetric and the covariance is not negative.
+        step_N = np.linalg.solve(identity_NN - payoff_NN @ covariance_NN, residual_N)
         largest = np.abs(step_N).max()
+        # Far from the solution a full step overshoots the curvature of the softmax.
         logits_N = logits_N + min(1.0, 5 / max(largest, STEP_TOLERANCE)) * step_N
-        if largest < STEP_TOLERANCE:
+        if largest < STEP_TOLERANCE * max(1.0, np.abs(logits_N).max()):
             break
     return logits_N

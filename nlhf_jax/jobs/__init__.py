@@ -2,6 +2,7 @@
 """The jobs of the command line: settings in, folders of results out.
 
 `JOBS` names the module and the function of each; a job is imported when it runs.
+`COMMANDS` take words instead of a gin configuration.
 """
 
 JOBS = {
@@ -15,3 +16,5 @@ JOBS = {
     "sample": "nlhf_jax.jobs.sample:sample",
     "convergence": "nlhf_jax.jobs.convergence:convergence",
 }
+
+COMMANDS = {"games": "nlhf_jax.jobs.games:main"}

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +20,7 @@ from nlhf_jax.progress import Progress
 from nlhf_jax.settings import DataSettings, SamplingSettings
 from nlhf_jax.types import POLICY
 
+_SIGNATURE = re.compile(r"^[\w.]+\([^()]*\):\s")
 FILES = {"train": "train.jsonl", "evaluation": "evaluation.jsonl"}
 
 
@@ -50,15 +52,15 @@ def collect(
     num_eval_prompts: int = 128,
     pairs_per_prompt: int = 4,
     votes_per_pair: int = 1,
-    leading_words: int = 8,
+    leading_words: Sequence[int] = (2, 8),
     batch_size: int = 64,
     seed: int = 0,
 ) -> None:
     """Writes comparisons of candidate responses, labelled by sampled votes.
 
     The candidates are the policy's samples at several temperatures, the person-written
-    target, and the leading words of the document. Only sampled votes are written,
-    never the raters' scores.
+    target, and leading words of the document, few and many. Only sampled votes are
+    written, never the raters' scores.
 
     Args:
       model_dir: folder for `train.jsonl`, `evaluation.jsonl` and `cyclicity.json`.
@@ -70,7 +72,8 @@ def collect(
       num_eval_prompts: prompts of the evaluation split.
       pairs_per_prompt: pairs of candidates shown to raters, drawn without repeats.
       votes_per_pair: raters asked about a pair; preference = their share for the first.
-      leading_words: words of the document that make the last candidate.
+      leading_words: for each number a candidate of as many words. One that is too
+        short shows the judges that shorter is not always better.
       batch_size: prompts decoded at once.
       seed: of sampling, pairing and voting.
 
@@ -82,8 +85,8 @@ def collect(
         ("num_eval_prompts", num_eval_prompts),
         ("pairs_per_prompt", pairs_per_prompt),
         ("votes_per_pair", votes_per_pair),
-        ("leading_words", leading_words),
         ("batch_size", batch_size),
+        *(("leading_words", count) for count in leading_words),
     ):
         check_integer(name, value, 1)
     policy = load_policy(policy_checkpoint)
@@ -135,7 +138,7 @@ def propose(
     *,
     num_prompts: int,
     temperatures: Sequence[float],
-    leading_words: int,
+    leading_words: Sequence[int],
     batch_size: int,
     seed: int,
 ) -> Candidates:
@@ -160,16 +163,22 @@ def propose(
             bar.update(index + 1)
     documents = [data.prompt_texts[row] for row in rows]
     columns.append([data.target_texts[row] for row in rows])
-    columns.append([leading(text, leading_words) for text in documents])
-    sources = (*(f"temperature {t:g}" for t in temperatures), "reference", "leading")
+    references = columns[-1]
+    sources = [*(f"temperature {t:g}" for t in temperatures), "reference"]
+    for count in leading_words:
+        columns.append([leading(text, count) for text in documents])
+        sources.append(f"leading {count}")
     texts = [list(candidates) for candidates in zip(*columns, strict=True)]
-    return Candidates(documents, columns[-2], texts, sources)
+    return Candidates(documents, references, texts, tuple(sources))
 
 
 def leading(document: str, num_words: int) -> str:
-    """Returns the first words of the document's body (after its first line)."""
+    """Returns the first words of the document's body.
+
+    The body is what follows the first line, or `name(parameters): ` at the start.
+    """
     body = document.split("\n", 1)[-1]
-    return " ".join(body.split()[:num_words])
+    return " ".join(_SIGNATURE.sub("", body).split()[:num_words])
 
 
 def vote(

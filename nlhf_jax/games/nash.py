@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equilibria without regularisation, by linear programs.
+
+A preference game is symmetric and its value is 1/2, so p is an equilibrium if and only
+if P(y > p) <= 1/2 for every action y: a polytope, which may be a single point. Of all
+equilibria `nash` returns the one of largest entropy, as tau -> 0 does with a uniform
+reference.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import linprog, minimize
+
+from nlhf_jax.games.matrices import Matrix, check_preference_matrix
+from nlhf_jax.games.solutions import Policy, exploitability, normalise
+
+FEASIBILITY = 1e-10  # what the linear programs and the entropy's dual are solved to
+# Weights that differ by less are the same: a nearly flat game moves its weights by
+# thousands of times what the programs leave over.
+SUPPORT = 1e-5
+EXPLOITABILITY = 1e-7  # above it the solvers have failed
+
+
+class Equilibrium(NamedTuple):
+    """An equilibrium without regularisation, and whether it is the only one."""
+
+    policy_N: Policy
+    is_unique: bool
+
+
+def solve_nash(preference_NN: Matrix) -> Equilibrium:
+    """Returns the Nash equilibrium, of largest entropy where there are several.
+
+    max over p of -sum_y p(y) log p(y)  subject to  P(y > p) <= 1/2 for all y;
+    docs/math.md (3), (38).
+
+    Raises:
+      UserError: no preference matrix.
+    """
+    preference_NN = check_preference_matrix(preference_NN)
+    bound_N2 = weight_bounds(preference_NN)
+    support_K = np.flatnonzero(bound_N2[:, 1] > SUPPORT)
+    is_unique = bool(np.ptp(bound_N2, axis=1).max() <= SUPPORT)
+    solve = _unique if is_unique else _most_entropy
+    policy_N = solve(preference_NN, support_K)
+    found = exploitability(preference_NN, policy_N)
+    if found > EXPLOITABILITY:
+        raise RuntimeError(f"an equilibrium was solved only to {found:.1g}")
+    return Equilibrium(policy_N, is_unique)
+
+
+def nash(preference_NN: Matrix) -> Policy:
+    """Returns the policy of `solve_nash`."""
+    return solve_nash(preference_NN).policy_N
+
+
+def weight_bounds(preference_NN: Matrix) -> np.ndarray:
+    """Returns the least and largest weight of each action in any equilibrium, [N, 2].
+
+    Two linear programs an action; the equilibrium is unique if and only if they agree.
+    """
+    margin_NN = np.asarray(preference_NN) - 0.5
+    size = len(margin_NN)
+    bound_N2 = np.empty((size, 2))
+    for i in range(size):
+        for side, sign in enumerate((1.0, -1.0)):
+            cost_N = np.zeros(size)
+            cost_N[i] = sign
+            found = linprog(
+                cost_N,
+                A_ub=margin_NN,
+                b_ub=np.zeros(size),
+                A_eq=np.ones((1, size)),
+                b_eq=[1.0],
+                bounds=(0, 1),
+                method="highs",
+                options={
+                    "primal_feasibility_tolerance": FEASIBILITY,
+                    "dual_feasibility_tolerance": FEASIBILITY,
+                },
+            )
+            if found.x is None:
+                raise RuntimeError(f"a linear program failed: {found.message}")
+            bound_N2[i, side] = found.x[i]
+    return bound_N2
+
+
+def _unique(preference_NN: Matrix, support_K: np.ndarray) -> Policy:
+    """Solves the ties of the support, which hold exactly at an equilibrium."""
+    margin_KK = preference_NN[np.ix_(support_K, support_K)] - 0.5
+    system = np.vstack([margin_KK, np.ones(len(support_K))])
+    right = np.append(np.zeros(len(support_K)), 1.0)
+    policy_N = np.zeros(len(preference_NN))
+    policy_N[support_K] = np.maximum(np.linalg.lstsq(system, right, rcond=None)[0], 0)
+    return policy_N / policy_N.sum()
+
+
+def _most_entropy(preference_NN: Matrix, support_K: np.ndarray) -> Policy:
+    """Maximises entropy over the equilibria, by its dual.
+
+    Every action of the support ties with every equilibrium (complementary slackness),
+    the others may lose. With one multiplier an action, p = softmax(-margins^T l), and
+    the dual log sum exp(-margins^T l) is smooth and convex.
+    """
+    margin_NK = preference_NN[:, support_K] - 0.5
+    is_tie_N = np.isin(np.arange(len(preference_NN)), support_K)
+
+    def dual(multiplier_N):
+        logits_K = -multiplier_N @ margin_NK
+        top = logits_K.max()
+        value = top + np.log(np.exp(logits_K - top).sum())
+        return value, -margin_NK @ normalise(logits_K)
+
+    found = minimize(
+        dual,
+        np.zeros(len(margin_NK)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(None, None) if tie else (0, None) for tie in is_tie_N],
+        options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 0, "gtol": FEASIBILITY},
+    )
+    policy_N = np.zeros(len(preference_NN))
+    policy_N[support_K] = normalise(-found.x @ margin_NK)
+    return policy_N
