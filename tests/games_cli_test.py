@@ -78,6 +78,7 @@ def test_compare_ends_at_the_equilibrium_and_plots(games, tmp_path):
     )
     found = json.loads(games(*words, "--plot", str(figure), "--json"))
     assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert found["methods"]["mwu"]["policy"] != found["equilibrium"]
     gaps = {name: run["gap"] for name, run in found["methods"].items()}
     assert gaps["extragradient"][-1] < 1e-12
     assert gaps["nash_md"][-1] < 1e-5 < gaps["mwu"][-1]

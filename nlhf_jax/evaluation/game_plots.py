@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from nlhf_jax.evaluation.plots import COLOURS, GREY, INK, STYLE
 
@@ -59,6 +60,9 @@ def _draw_curves(axis, title, unit, curves, bounds) -> None:
         step_T = np.arange(1, len(value_T) + 1)
         axis.loglog(step_T, value_T, "--", color=GREY, linewidth=1)
         axis.annotate(name, (step_T[0], value_T[0]), color=GREY, fontsize=7)
+    # The style reads no formulas, in which logarithmic axes would write their powers.
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_title(title)
     axis.set_xlabel("steps")
     axis.set_ylabel(unit)
