@@ -92,7 +92,7 @@ def test_compare_ends_at_the_equilibrium_and_plots(games, tmp_path):
 def test_compare_measures_from_the_equilibrium(games):
     words = ("compare", "skew", "--reference", "0.5,0.3,0.2", "--methods", "nash_md")
     run = json.loads(games(*words, "--steps", "10", "--json"))["methods"]["nash_md"]
-    # Decreasing Nash-MD on this game at tau 0.1, computed independently (numpy, float64).
+    # Decreasing Nash-MD at tau 0.1, computed independently (numpy, float64).
     assert run["kl_from_equilibrium"][0] == pytest.approx(0.13264633353301, abs=1e-12)
     assert run["kl_from_equilibrium"][9] == pytest.approx(0.0077836977508, abs=1e-12)
     assert run["gap"][9] == pytest.approx(0.0017996984856765, abs=1e-12)
