@@ -55,6 +55,9 @@ def check_range(
     return value
 
 
+LARGEST_SEED = 2**31 - 1
+
+
 def check_integer(name: str, value: int, low: int = 0) -> int:
     """Returns `value` if it is an integer of at least `low`.
 

@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"nlhf: {error}", file=sys.stderr)
         return USAGE_EXIT
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python must not flush it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("nlhf: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT

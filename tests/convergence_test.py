@@ -302,8 +302,10 @@ def test_the_command_prints_everything_as_json(monkeypatch, capsys):
         ("--tau=0.0", "tau must be in (0.0, inf), got 0.0"),
         ("--beta=1.5", "beta must be in [0.0, 1.0], got 1.5"),
         ("--num_seeds=1", "num_seeds must be an integer of at least 2, got 1"),
-        ("--train_steps=70", "num_records must divide train_steps 70, got 50"),
-        ("--vocab_size=99", "must be at most 4096 to enumerate all responses"),
+        ("--num_records=49", "num_records must divide train_steps 1500, got 49"),
+        ("--vocab_size=99", "vocab_size ** length must be at most 64, got 99 ** 2"),
+        ("--seed=99999999999999999999", "seed must be in [0, 2147483647]"),
+        ("--extra={'self_play': {'nosuch': 1}}", "parameter of self_play must be one"),
         ("--extra={'self_plya': {}}", "did you mean 'self_play'"),
     ],
 )

@@ -116,8 +116,8 @@ def test_analyze_says_who_wins_and_who_circles(games):
         (("solv", "skew"), "invalid choice: 'solv'"),
         (("solve",), "game"),
         (("solve", "skw"), "no game 'skw' (did you mean 'skew'?)"),
-        (("solve", "skew", "--tau", "0"), "tau must be in (0.0, inf), got 0.0"),
-        (("solve", "skew", "--tau", "-1"), "tau must be in (0.0, inf), got -1.0"),
+        (("solve", "skew", "--tau", "0"), "tau must be in (0.0, 1000000.0], got 0.0"),
+        (("solve", "skew", "--tau", "-1"), "tau must be in (0.0, 1000000.0], got -1.0"),
         (("solve", "skew", "--tau", "nan"), "tau must be in"),
         (("solve", "skew", "--tau", "x"), "invalid float value: 'x'"),
         (
@@ -134,9 +134,20 @@ def test_analyze_says_who_wins_and_who_circles(games):
         (("compare", "skew", "--methods", "nash_mdd"), "nash_md"),
         (("compare", "skew", "--steps", "0"), "steps must be an integer of at least 1"),
         (("compare", "skew", "--step_size", "100"), "step_size must be above 0"),
-        (("compare", "skew", "--steps", "3", "--plot", "x.pdf"), "must end in .png"),
+        (
+            ("compare", "skew", "--steps", "3", "--plot", "x.pdf"),
+            "must be a file that ends in .png",
+        ),
         (("compare", "skew", "--steps", "3", "--plot", "no/x.png"), "no folder 'no'"),
-        (("analyze", "skew", "--alpha", "0"), "alpha must be in (0.0, inf)"),
+        (("compare", "skew", "--steps", "999999999999999"), "steps must be in"),
+        (("compare", "skew", "--methods", "mwu,nash_mdd"), "nash_md"),
+        (("solve", "skew", "--tau", "inf"), "tau must be in"),
+        (("solve", "skew", "--tau", "1e-300"), "too small to solve"),
+        (("solve", "skew", "--js"), "--js"),
+        (("solve", "skew", "--fill", "half"), "fill is for files"),
+        (("solve", "~nosuchuser/x.csv"), "no table"),
+        (("analyze", "skew", "--alpha", "inf"), "alpha must be in"),
+        (("analyze", "skew", "--alpha", "0"), "alpha must be in (0.0, 1000000.0]"),
     ],
 )
 def test_every_mistake_is_one_sentence(capsys, words, said):

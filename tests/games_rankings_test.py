@@ -231,3 +231,42 @@ def test_bradley_terry_preferences_have_cyclic_margins_but_no_cycles():
     game = matrices.bradley_terry(np.array([0.0, 2.0, 4.0]))
     assert cycles.cyclic_energy_share(game[None]) > 1e-3
     assert cycles.count_triples(game[None])[1][0] == 0
+
+
+# ------------------------------------------------------------------- hard games
+
+
+def test_an_action_of_tiny_weight_is_not_lost():
+    # The equilibrium is the opposite margins, normalised: its second weight is 4e-6.
+    margins = (0.5, 0.5, 4e-6)
+    found = nash.solve_nash(matrices.cyclic(*margins))
+    expected = np.array([0.5, 4e-6, 0.5]) / (1 + 4e-6)
+    np.testing.assert_allclose(found.policy_N, expected, rtol=0, atol=1e-9)
+
+
+def test_margins_of_very_different_sizes_are_solved():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sizes = rng.choice([1e-6, 1e-3, 0.5], size=(6, 6))
+        upper = np.triu(sizes * rng.choice([-1, 1], size=(6, 6)), 1)
+        game = 0.5 + upper - upper.T
+        found = nash.solve_nash(game)
+        assert solutions.exploitability(game, found.policy_N) < 1e-7, seed
+
+
+def test_nearly_flat_games_are_solved_like_steep_ones():
+    steep = matrices.random_game(np.random.default_rng(0), 5)
+    flat = 0.5 + 1e-7 * (steep - 0.5)
+    np.testing.assert_allclose(nash.nash(flat), nash.nash(steep), rtol=0, atol=1e-6)
+
+
+def test_a_tau_too_small_to_solve_is_refused_and_never_missed():
+    game, uniform = matrices.random_game(np.random.default_rng(1), 8), np.full(8, 1 / 8)
+    for tau in np.geomspace(1e-300, 1.0, 40):
+        try:
+            policy = solutions.regularised_nash(game, uniform, float(tau))
+        except UserError as error:
+            assert "too small" in str(error)
+            assert tau < 1e-4
+            continue
+        assert solutions.regularised_gap(game, uniform, tau, policy) < 1e-9

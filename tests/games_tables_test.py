@@ -215,10 +215,52 @@ def test_files_and_totals_that_do_not_fit_are_named(write, tmp_path):
     with pytest.raises(UserError, match=r"same order, got Ann, Zoe"):
         load_table(write(WINS), totals=totals)
     few = write(",Ann,Bob\nAnn,0,5\nBob,5,0\n", "few.csv")
-    with pytest.raises(UserError, match=r"Ann against Bob .* games 5, got 7"):
+    with pytest.raises(UserError, match=r"Ann against Bob .* got 7 of 5"):
         load_table(write(WINS), totals=few)
 
 
 def test_an_unknown_game_gets_the_nearest_name():
     with pytest.raises(UserError, match="rock_paper_scissors"):
         catalogue.find_game("rock_paper_scisors")
+
+
+def test_a_json_file_says_itself_that_it_holds_wins(write):
+    text = json.dumps({"names": ["Ann", "Bob"], "wins": [[0, 7], [3, 0]]})
+    table = load_table(write(text, "table.JSON"))
+    assert table.preference_NN[0, 1] == pytest.approx(0.7, abs=EXACT)
+
+
+@pytest.mark.parametrize("text", ["3", "true", "null", '"a"', "[" * 100_000])
+def test_json_of_another_kind_is_a_users_mistake(write, text):
+    with pytest.raises(UserError, match=r"must be an object|is no table"):
+        load_table(write(text, "table.json"))
+
+
+@pytest.mark.parametrize(
+    "names, rows",
+    [
+        (3, [[0.5]]),
+        (None, [[0.5]]),
+        ("AB", [[0.5, 0.5], [0.5, 0.5]]),
+        ([], []),
+        (["a", "b"], 5),
+        (["a", "b"], [1, 2]),
+    ],
+)
+def test_json_with_wrong_parts_is_a_users_mistake(write, names, rows):
+    text = json.dumps({"names": names, "preference": rows})
+    with pytest.raises(UserError, match=r"list of texts|rows of as many"):
+        load_table(write(text, "table.json"))
+
+
+def test_no_games_at_all_is_a_pair_that_never_met(write):
+    path = write(",a,b\na,,0/0\nb,0/0,\n")
+    with pytest.raises(UserError, match="no result for a against b"):
+        load_table(path)
+    assert load_table(path, fill="half").preference_NN[0, 1] == 0.5
+
+
+@pytest.mark.parametrize("flag", ["cells", "totals", "fill"])
+def test_what_is_for_files_is_refused_with_a_named_game(flag):
+    with pytest.raises(UserError, match=f"{flag} is for files"):
+        catalogue.find_game("dice", **{flag: "wins"})

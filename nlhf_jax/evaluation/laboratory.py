@@ -27,6 +27,10 @@ GAMES_SEED, REFERENCE_SPREAD, REWARD_SPREAD, MARGIN = 9, 0.7, 0.7, 0.4
 ANNEALED = ", beta to 0"  # what marks a second run of an algorithm, its beta annealed
 
 
+MOST_RECORDS = 50
+MOST_RESPONSES = 64  # fixed points are found by differences in every parameter at once
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvergenceSettings:
     """How the algorithms are trained.
@@ -40,7 +44,8 @@ class ConvergenceSettings:
       learning_rate: peak step of plain gradient descent; it falls to 0 as a cosine.
       vocab_size: tokens.
       length: tokens of every response.
-      num_records: times at which the gap is recorded; divides `train_steps`.
+      num_records: times at which the gap is recorded; divides `train_steps`. 0 is the
+        largest divisor up to 50.
     """
 
     tau: float = 0.1
@@ -51,15 +56,19 @@ class ConvergenceSettings:
     learning_rate: float = 8.0
     vocab_size: int = 3
     length: int = 2
-    num_records: int = 50
+    num_records: int = 0
 
     def __post_init__(self):
         check_range("tau", self.tau, 0.0, low_open=True)
         check_range("beta", self.beta, 0.0, 1.0)
         check_integer("num_seeds", self.num_seeds, 2)
         check_range("learning_rate", self.learning_rate, 0.0, low_open=True)
-        for name in ("train_steps", "batch_size", "num_records"):
+        for name in ("train_steps", "batch_size"):
             check_integer(name, getattr(self, name), 1)
+        if not check_integer("num_records", self.num_records):
+            choices = range(1, min(MOST_RECORDS, self.train_steps) + 1)
+            largest = max(n for n in choices if self.train_steps % n == 0)
+            object.__setattr__(self, "num_records", largest)
         if self.train_steps % self.num_records:
             raise UserError(
                 f"num_records must divide train_steps {self.train_steps}, "
@@ -105,8 +114,16 @@ def make_laboratory(settings: ConvergenceSettings) -> Laboratory:
     """Returns a tabular model with a random reference, and a game of each kind.
 
     Raises:
-      UserError: more responses than can be enumerated.
+      UserError: more responses than are compared exactly, 64.
     """
+    check_integer("vocab_size", settings.vocab_size, 2)
+    check_integer("length", settings.length, 1)
+    # By logarithms: long before the power is too long to print.
+    if settings.length * np.log(settings.vocab_size) > np.log(MOST_RESPONSES) + 1e-9:
+        raise UserError(
+            f"vocab_size ** length must be at most {MOST_RESPONSES}, got "
+            f"{settings.vocab_size} ** {settings.length}"
+        )
     model = tabular.tabular_model(settings.vocab_size, settings.length)
     reference = jax.tree.map(
         lambda leaf: REFERENCE_SPREAD * np.asarray(leaf, np.float64),
@@ -159,6 +176,8 @@ def algorithms(
         parameters = inspect.signature(factory).parameters
         common = {"tau": settings.tau, "beta": settings.beta}
         values = {k: v for k, v in common.items() if k in parameters}
+        for parameter in extra.get(name, {}):
+            check_choice(f"parameter of {name}", parameter, parameters)
         values |= dict(extra.get(name, {}))
         for parameter in parameters.values():
             if parameter.default is parameter.empty and parameter.name not in values:

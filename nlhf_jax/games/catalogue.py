@@ -58,6 +58,13 @@ def find_game(
       UserError: no such game (with the nearest name), or the file is unusable.
     """
     if name in NAMED:
+        for flag, is_given in (
+            ("cells", cells != "preference"),
+            ("totals", totals),
+            ("fill", fill),
+        ):
+            if is_given:
+                raise UserError(f"{flag} is for files; {name!r} is a named game")
         names, make = NAMED[name]
         return WinTable(names, matrices.check_preference_matrix(make()))
     if pathlib.Path(name).suffix.lower() in FILE_ENDINGS:

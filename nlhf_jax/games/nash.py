@@ -13,13 +13,14 @@ import numpy as np
 from scipy.optimize import linprog, minimize
 
 from nlhf_jax.games.matrices import Matrix, check_preference_matrix
-from nlhf_jax.games.solutions import Policy, exploitability, normalise
+from nlhf_jax.games.solutions import Policy, normalise
 
 FEASIBILITY = 1e-10  # what the linear programs and the entropy's dual are solved to
-# Weights that differ by less are the same: a nearly flat game moves its weights by
-# thousands of times what the programs leave over.
-SUPPORT = 1e-5
-EXPLOITABILITY = 1e-7  # above it the solvers have failed
+SAME_WEIGHT = 1e-5  # weights that differ by less are the same
+# A weight that no equilibrium passes is 0. Where a matrix has margins of very different
+# sizes true weights can be tiny: then less is taken for 0.
+SUPPORTS = (1e-5, 1e-7, 1e-9)
+EXPLOITABILITY = 1e-7  # in units of the largest margin
 
 
 class Equilibrium(NamedTuple):
@@ -38,16 +39,18 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
     Raises:
       UserError: no preference matrix.
     """
-    preference_NN = check_preference_matrix(preference_NN)
-    bound_N2 = weight_bounds(preference_NN)
-    support_K = np.flatnonzero(bound_N2[:, 1] > SUPPORT)
-    is_unique = bool(np.ptp(bound_N2, axis=1).max() <= SUPPORT)
+    margin_NN = check_preference_matrix(preference_NN) - 0.5
+    largest = np.abs(margin_NN).max()
+    # Equilibria do not depend on the scale of the margins, the programs' digits do.
+    margin_NN = margin_NN / largest if largest else margin_NN
+    bound_N2, centre_N = _extremes(margin_NN)
+    is_unique = bool(np.ptp(bound_N2, axis=1).max() <= SAME_WEIGHT)
     solve = _unique if is_unique else _most_entropy
-    policy_N = solve(preference_NN, support_K)
-    found = exploitability(preference_NN, policy_N)
-    if found > EXPLOITABILITY:
-        raise RuntimeError(f"an equilibrium was solved only to {found:.1g}")
-    return Equilibrium(policy_N, is_unique)
+    for least in SUPPORTS:
+        policy_N = solve(margin_NN, np.flatnonzero(bound_N2[:, 1] > least))
+        if (margin_NN @ policy_N).max() <= EXPLOITABILITY:
+            return Equilibrium(policy_N, is_unique)
+    return Equilibrium(centre_N, is_unique)
 
 
 def nash(preference_NN: Matrix) -> Policy:
@@ -55,14 +58,13 @@ def nash(preference_NN: Matrix) -> Policy:
     return solve_nash(preference_NN).policy_N
 
 
-def weight_bounds(preference_NN: Matrix) -> np.ndarray:
-    """Returns the least and largest weight of each action in any equilibrium, [N, 2].
+def _extremes(margin_NN: np.ndarray) -> tuple[np.ndarray, Policy]:
+    """Returns each action's least and largest weight in any equilibrium, and a centre.
 
-    Two linear programs an action; the equilibrium is unique if and only if they agree.
+    Two linear programs an action; the mean of what they find is an equilibrium as well.
     """
-    margin_NN = np.asarray(preference_NN) - 0.5
     size = len(margin_NN)
-    bound_N2 = np.empty((size, 2))
+    bound_N2, total_N = np.empty((size, 2)), np.zeros(size)
     for i in range(size):
         for side, sign in enumerate((1.0, -1.0)):
             cost_N = np.zeros(size)
@@ -83,28 +85,30 @@ def weight_bounds(preference_NN: Matrix) -> np.ndarray:
             if found.x is None:
                 raise RuntimeError(f"a linear program failed: {found.message}")
             bound_N2[i, side] = found.x[i]
-    return bound_N2
+            total_N += np.maximum(found.x, 0)
+    return bound_N2, total_N / total_N.sum()
 
 
-def _unique(preference_NN: Matrix, support_K: np.ndarray) -> Policy:
+def _unique(margin_NN: np.ndarray, support_K: np.ndarray) -> Policy:
     """Solves the ties of the support, which hold exactly at an equilibrium."""
-    margin_KK = preference_NN[np.ix_(support_K, support_K)] - 0.5
-    system = np.vstack([margin_KK, np.ones(len(support_K))])
+    system = np.vstack(
+        [margin_NN[np.ix_(support_K, support_K)], np.ones(len(support_K))]
+    )
     right = np.append(np.zeros(len(support_K)), 1.0)
-    policy_N = np.zeros(len(preference_NN))
+    policy_N = np.zeros(len(margin_NN))
     policy_N[support_K] = np.maximum(np.linalg.lstsq(system, right, rcond=None)[0], 0)
     return policy_N / policy_N.sum()
 
 
-def _most_entropy(preference_NN: Matrix, support_K: np.ndarray) -> Policy:
+def _most_entropy(margin_NN: np.ndarray, support_K: np.ndarray) -> Policy:
     """Maximises entropy over the equilibria, by its dual.
 
     Every action of the support ties with every equilibrium (complementary slackness),
     the others may lose. With one multiplier an action, p = softmax(-margins^T l), and
     the dual log sum exp(-margins^T l) is smooth and convex.
     """
-    margin_NK = preference_NN[:, support_K] - 0.5
-    is_tie_N = np.isin(np.arange(len(preference_NN)), support_K)
+    margin_NK = margin_NN[:, support_K]
+    is_tie_N = np.isin(np.arange(len(margin_NN)), support_K)
 
     def dual(multiplier_N):
         logits_K = -multiplier_N @ margin_NK
@@ -120,6 +124,6 @@ def _most_entropy(preference_NN: Matrix, support_K: np.ndarray) -> Policy:
         bounds=[(None, None) if tie else (0, None) for tie in is_tie_N],
         options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 0, "gtol": FEASIBILITY},
     )
-    policy_N = np.zeros(len(preference_NN))
+    policy_N = np.zeros(len(margin_NN))
     policy_N[support_K] = normalise(-found.x @ margin_NK)
     return policy_N

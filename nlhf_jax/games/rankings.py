@@ -14,6 +14,7 @@ from nlhf_jax.games.nash import nash
 from nlhf_jax.games.solutions import Policy, normalise
 
 Scores = Float[np.ndarray, "N"]
+LARGEST_ALPHA = 1e6  # selection is complete long before
 ELO_SCALE = 400 / math.log(10)  # 400 points are odds of ten to one
 
 
@@ -72,7 +73,7 @@ def alpha_rank(
 
     Args:
       preference_NN: the game, played by one population.
-      alpha: intensity of selection, > 0; the larger, the less a loser spreads.
+      alpha: intensity of selection, in (0, 1e6]; the larger, the less a loser spreads.
       population_size: m >= 2.
 
     Raises:
@@ -81,7 +82,7 @@ def alpha_rank(
     Source: Omidshafiei et al., 2019, arXiv 1903.01373.
     """
     preference_NN = check_preference_matrix(preference_NN)
-    check_range("alpha", alpha, 0.0, low_open=True)
+    check_range("alpha", alpha, 0.0, LARGEST_ALPHA, low_open=True)
     check_integer("population_size", population_size, 2)
     size = len(preference_NN)
     if size == 1:

@@ -7,6 +7,8 @@ P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu)
 (Munos et al., 2024, arXiv 2312.00886, eq. 2; docs/math.md (5)).
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Float
 
@@ -16,6 +18,7 @@ from nlhf_jax.games.matrices import Matrix
 Policy = Float[np.ndarray, "N"]
 NEWTON_STEPS, CONTINUATION_POINTS = 200, 60
 STEP_TOLERANCE = 1e-14  # the last Newton step, in nats
+LARGEST_GAP = 1e-9  # of what is called an equilibrium
 
 
 def normalise(logits_N: Policy) -> Policy:
@@ -101,16 +104,30 @@ def regularised_nash(preference_NN: Matrix, reference_N: Policy, tau: float) -> 
     the solution from a large tau down to the one asked for; docs/math.md (7).
 
     Raises:
-      UserError: tau is not above 0, or the reference has a zero.
+      UserError: tau is not above 0 and finite, or so small that the gap stays above
+        1e-9; or the reference has a zero.
     """
-    check_range("tau", tau, 0.0, low_open=True)
+    check_range("tau", tau, 0.0, math.inf, low_open=True, high_open=True)
     if not (np.asarray(reference_N) > 0).all():
         raise UserError(f"the reference must be above 0 everywhere, got {reference_N}")
     logits_N = np.log(reference_N)
-    path = np.geomspace(max(10.0, tau), tau, CONTINUATION_POINTS)
-    for current in (*path, tau):
-        logits_N = _newton(preference_NN, reference_N, current, logits_N)
-    return normalise(logits_N)
+    decades = math.log10(max(10.0, tau)) - math.log10(tau)
+    num_points = math.ceil(CONTINUATION_POINTS * max(1.0, decades / 2))
+    path = np.geomspace(max(10.0, tau), tau, num_points)
+    try:
+        # Far too small a tau overflows; the gap then says so.
+        with np.errstate(all="ignore"):
+            for current in (*path, tau):
+                logits_N = _newton(preference_NN, reference_N, current, logits_N)
+            policy_N = normalise(logits_N)
+            gap = regularised_gap(preference_NN, reference_N, tau, policy_N)
+    except np.linalg.LinAlgError:
+        gap = math.inf
+    if not gap <= LARGEST_GAP:
+        raise UserError(
+            f"tau {tau:g} is too small to solve this game at: gap {gap:.1g}"
+        )
+    return policy_N
 
 
 def _newton(preference_NN, reference_N, tau, logits_N):

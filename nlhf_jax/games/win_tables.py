@@ -60,16 +60,16 @@ def load_table(
     """
     check_choice("cells", cells, ("preference", "wins"))
     check_choice("fill", fill, ("", *FILLS))
-    names, value_NN, total_NN = _read(pathlib.Path(path).expanduser())
+    names, value_NN, is_wins = _read(path)
     if totals:
-        other_names, total_NN, _ = _read(pathlib.Path(totals).expanduser())
+        other_names, total_NN, _ = _read(totals)
         if other_names != names:
             raise UserError(
                 f"{totals} must name the players of {path} in the same order, got "
                 f"{', '.join(other_names)}"
             )
         value_NN = _share(path, names, value_NN, total_NN)
-    elif cells == "wins":
+    elif is_wins or cells == "wins":
         value_NN = _share(path, names, value_NN, value_NN + value_NN.T)
     np.fill_diagonal(value_NN, 0.5)
     _check_cells(path, names, value_NN)
@@ -80,7 +80,7 @@ def load_table(
         more = len(missing) - len(shown)
         raise UserError(
             f"{path} has no result for {', '.join(shown)}"
-            + (f" and {more} more pairs" if more else "")
+            + (f" and {more} more" if more else "")
             + f": choose what they get with fill, one of {', '.join(FILLS)}"
         )
     if len(missing):
@@ -108,15 +108,17 @@ FILLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _read(path: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """Returns names and cells, NaN where missing."""
-    if not path.is_file():
-        raise UserError(f"there is no table {str(path)!r}")
+def _read(text_path: str | pathlib.Path) -> tuple[tuple[str, ...], np.ndarray, bool]:
+    """Returns names, cells (NaN where missing), and whether they are called wins."""
     try:
+        path = pathlib.Path(text_path).expanduser()
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
-    names, rows = _json(path, text) if path.suffix == ".json" else _csv(path, text)
+    except (OSError, RuntimeError, ValueError):
+        raise UserError(f"there is no table {str(text_path)!r}") from None
+    is_json = path.suffix.lower() == ".json"
+    names, rows, is_wins = _json(path, text) if is_json else _csv(path, text)
     for number, name in enumerate(names, start=1):
         if not name:
             raise UserError(f"{path} has no name for player {number}")
@@ -126,15 +128,20 @@ def _read(path: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray |
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             value_NN[i, j] = _number(path, names[i], names[j], cell)
-    return names, value_NN, None
+    return names, value_NN, is_wins
 
 
-def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list]]:
-    lines = [
-        line for line in csv.reader(text.splitlines()) if any(map(str.strip, line))
-    ]
+def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], bool]:
+    try:
+        lines = [
+            line for line in csv.reader(text.splitlines()) if any(map(str.strip, line))
+        ]
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV table: {error}") from None
     if len(lines) < 2:
-        raise UserError(f"{path} must have a row of names and a row for each, got none")
+        raise UserError(
+            f"{path} must have a row of names and a row for each, got {len(lines)} rows"
+        )
     head, body = [cell.strip() for cell in lines[0]], lines[1:]
     names = tuple(head[1:])
     if len(body) != len(names):
@@ -155,23 +162,33 @@ def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list]]:
                 f"{len(line) - 1}"
             )
         rows.append(line[1:])
-    return names, rows
+    return names, rows, False
 
 
-def _json(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list]]:
+def _json(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], bool]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-    keys = [key for key in ("preference", "wins") if key in found] if found else []
-    if not isinstance(found, dict) or "names" not in found or len(keys) != 1:
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is no table: {error}") from None
+    is_object = isinstance(found, dict)
+    kinds = [kind for kind in ("preference", "wins") if is_object and kind in found]
+    if len(kinds) != 1 or "names" not in found:
         raise UserError(
             f"{path} must be an object with `names` and one of `preference` and `wins`"
         )
-    names, rows = tuple(map(str, found["names"])), found[keys[0]]
-    if len(rows) != len(names) or any(len(row) != len(names) for row in rows):
-        raise UserError(f"{path}: {keys[0]} must be {len(names)} rows of as many cells")
-    return names, rows
+    names, rows = found["names"], found[kinds[0]]
+    if not _is_list_of(names, str) or not names:
+        raise UserError(f"{path}: names must be a list of texts, got {names!r:.60}")
+    size = len(names)
+    if not _is_list_of(rows, list) or [len(row) for row in rows] != [size] * size:
+        raise UserError(f"{path}: {kinds[0]} must be {size} rows of as many cells")
+    return tuple(names), rows, kinds[0] == "wins"
+
+
+def _is_list_of(value, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _number(path, row: str, column: str, cell) -> float:
@@ -183,7 +200,11 @@ def _number(path, row: str, column: str, cell) -> float:
         return np.nan
     try:
         above, is_share, below = text.partition("/")
+        if is_share and float(below) == 0 == float(above):
+            return np.nan  # they never met
         value = float(above) / float(below) if is_share else float(text)
+        if is_share and float(below) < 0:
+            value = np.nan
     except (ValueError, ZeroDivisionError):
         value = np.nan
     if not np.isfinite(value):
@@ -200,8 +221,8 @@ def _share(path, names: Sequence[str], wins_NN, total_NN) -> np.ndarray:
     if bad:
         i, j = bad[0]
         raise UserError(
-            f"{path}: wins of {names[i]} against {names[j]} must be from 0 to the "
-            f"number of games {total_NN[i, j]:g}, got {wins_NN[i, j]:g}"
+            f"{path}: wins of {names[i]} against {names[j]} must be at least 0 and at "
+            f"most the number of games, got {wins_NN[i, j]:g} of {total_NN[i, j]:g}"
         )
     met_NN = total_NN > 0
     return np.where(met_NN, wins_NN / np.where(met_NN, total_NN, 1), np.nan)

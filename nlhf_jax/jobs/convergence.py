@@ -4,7 +4,7 @@
 import json as json_text
 from collections.abc import Mapping
 
-from nlhf_jax.checks import check_integer
+from nlhf_jax.checks import LARGEST_SEED, check_range
 from nlhf_jax.evaluation.convergence import measure, records, table
 from nlhf_jax.evaluation.laboratory import ConvergenceSettings
 
@@ -40,6 +40,7 @@ def convergence(
       vocab_size: tokens.
       length: tokens of every response.
       num_records: times at which the gap is recorded, for `json`; divides train_steps.
+        0 is the largest divisor up to 50.
       extra: algorithm -> parameter -> value, for parameters besides tau and beta.
       seed: of sampling.
       json: print everything in full precision as JSON, instead of the table.
@@ -57,5 +58,5 @@ def convergence(
         length=length,
         num_records=num_records,
     )
-    outcomes = measure(settings, extra, check_integer("seed", seed))
+    outcomes = measure(settings, extra, int(check_range("seed", seed, 0, LARGEST_SEED)))
     print(json_text.dumps(records(outcomes)) if json else table(outcomes))

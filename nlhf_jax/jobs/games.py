@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nlhf games`: equilibria, algorithms and rankings of a game of preferences.
+"""nlhf games: equilibria, algorithms and rankings of a game of preferences.
 
     nlhf games solve   GAME   its equilibria, with and without regularisation
     nlhf games compare GAME   how near the algorithms come, step by step
@@ -23,7 +23,8 @@ from nlhf_jax.games.catalogue import NAMED, find_game
 from nlhf_jax.games.nash import solve_nash
 from nlhf_jax.games.win_tables import FILLS, WinTable
 
-DEFAULT_TAU = 0.1
+DEFAULT_TAU, LARGEST_TAU = 0.1, 1e6
+MOST_NUMBERS = 10**8  # policies of all steps are kept
 COMPARED = "nash_md,mirror_descent,extragradient,optimistic,mwu"
 SHOWN_CYCLES = 5
 
@@ -52,7 +53,7 @@ def main(words: Sequence[str]) -> int:
     )
     found, show = COMMANDS[options.command](table, options)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
     else:
         show()
     return 0
@@ -61,13 +62,16 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="nlhf games",
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the named games")
     for name in COMMANDS:
-        command = commands.add_parser(name, help=COMMANDS[name].__doc__)
+        command = commands.add_parser(
+            name, help=COMMANDS[name].__doc__, allow_abbrev=False
+        )
         command.add_argument("game", help="a name, or a .csv or .json file")
         command.add_argument("--json", action="store_true", help="full precision")
         command.add_argument(
@@ -85,11 +89,17 @@ def _parser() -> argparse.ArgumentParser:
             "--reference", default="uniform", help="mu: uniform, or p1,p2,..."
         )
         if name == "compare":
-            command.add_argument("--methods", default=COMPARED, help="names, by commas")
+            command.add_argument("--methods", default=COMPARED, help=_method_names())
             command.add_argument("--steps", type=int, default=1000)
             command.add_argument("--step_size", type=float, default=None)
             command.add_argument("--plot", default="", help="PNG file to write")
     return parser
+
+
+def _method_names() -> str:
+    from nlhf_jax.games.methods import ALIASES, METHODS
+
+    return f"by commas: {', '.join(METHODS)}; or {', '.join(ALIASES)}"
 
 
 Answer = tuple[dict[str, Any], Callable[[], None]]
@@ -97,7 +107,7 @@ Answer = tuple[dict[str, Any], Callable[[], None]]
 
 def solve(table: WinTable, options: argparse.Namespace) -> Answer:
     """Equilibria with and without regularisation."""
-    tau = check_range("tau", options.tau, 0.0, low_open=True)
+    tau = check_range("tau", options.tau, 0.0, LARGEST_TAU, low_open=True)
     reference_N = read_reference(options.reference, table.names)
     nash_N, is_unique = solve_nash(table.preference_NN)
     policy_N = solutions.regularised_nash(table.preference_NN, reference_N, tau)
@@ -151,21 +161,27 @@ def compare(table: WinTable, options: argparse.Namespace) -> Answer:
     """Gaps of several algorithms by step."""
     import jax
 
-    tau = check_range("tau", options.tau, 0.0, low_open=True)
+    from nlhf_jax.games.methods import find_method
+
+    tau = check_range("tau", options.tau, 0.0, LARGEST_TAU, low_open=True)
     num_steps = check_integer("steps", options.steps, 1)
+    check_range("steps", num_steps, 1, MOST_NUMBERS // len(table.names))
+    methods = [name.strip() for name in options.methods.split(",")]
+    recipes = {name: find_method(name) for name in methods}
+    target = _plot_path(options.plot) if options.plot else None
     reference_N = read_reference(options.reference, table.names)
     nash_N = solutions.regularised_nash(table.preference_NN, reference_N, tau)
     with jax.enable_x64(True):
         runs = {
             method: _run(table, method, reference_N, tau, nash_N, options)
-            for method in options.methods.split(",")
+            for method in recipes
         }
     bounds = {
         "8 / (tau^2 (T + 1))": 8 / (tau**2 * np.arange(2, num_steps + 2)),
         "1 / (2 tau^2 (T + 1))": 1 / (2 * tau**2 * np.arange(2, num_steps + 2)),
     }
-    if options.plot:
-        _plot(options.plot, table, runs, bounds, nash_N)
+    if target:
+        _plot(target, table, runs, bounds, nash_N)
     found = {
         "names": list(table.names),
         "tau": tau,
@@ -173,6 +189,7 @@ def compare(table: WinTable, options: argparse.Namespace) -> Answer:
         "equilibrium": nash_N.tolist(),
         "methods": {
             name: {
+                "goes_to": recipes[name].ends,
                 "policy": run.path_TN[-1].tolist(),
                 "gap": run.gap_T.tolist(),
                 # JSON has no infinity: null where an action's weight is lost.
@@ -188,11 +205,18 @@ def compare(table: WinTable, options: argparse.Namespace) -> Answer:
         powers = (10**k for k in range(1, 9))
         steps = sorted({1, num_steps, *(step for step in powers if step < num_steps)})
         rows = [
-            (name, *(f"{run.gap_T[step - 1]:.3g}" for step in steps))
+            (
+                name,
+                *(f"{max(run.gap_T[step - 1], 0):.3g}" for step in steps),
+                recipes[name].ends,
+            )
             for name, run in runs.items()
         ]
-        print_table(("gap after steps", *map(str, steps)), rows)
-        print(f"gap: what the best answer wins above 1/2 in the game at tau {tau:g}")
+        print_table(("gap after steps", *map(str, steps), "goes to"), rows)
+        print(
+            f"gap: what the best policy wins above 1/2 at tau {tau:g}, less its KL; a "
+            "method that goes elsewhere keeps one"
+        )
         if options.plot:
             print(f"figure: {options.plot}")
 
@@ -222,18 +246,26 @@ def _run(table, method, reference_N, tau, nash_N, options) -> Run:
     return Run(path_TN, np.array(gap_T), np.array(divergence_T))
 
 
-def _plot(path: str, table: WinTable, runs: dict[str, Run], bounds, nash_N) -> None:
-    from nlhf_jax.evaluation import game_plots, plots
-
-    target = pathlib.Path(path).expanduser()
+def _plot_path(text: str) -> pathlib.Path:
+    """Returns where the figure goes, before anything long has begun."""
+    try:
+        target = pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"plot: there is no home folder for {text!r}") from None
+    if target.suffix.lower() != ".png" or target.is_dir():
+        raise UserError(f"plot must be a file that ends in .png, got {text!r}")
     if not target.parent.is_dir():
         raise UserError(f"plot: there is no folder {str(target.parent)!r}")
-    if target.suffix.lower() != ".png":
-        raise UserError(f"plot must end in .png, got {path!r}")
+    return target
+
+
+def _plot(target, table: WinTable, runs: dict[str, Run], bounds, nash_N) -> None:
+    from nlhf_jax.evaluation import game_plots, plots
+
     figure = game_plots.convergence_figure(
         {name: run.gap_T for name, run in runs.items()},
         {name: run.divergence_T for name, run in runs.items()},
-        bounds,
+        bounds if "nash_md" in runs else {},
         paths={name: run.path_TN for name, run in runs.items()},
         names=table.names,
         nash_N=nash_N,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from nlhf_jax.checks import UserError, check_integer, check_range
+from nlhf_jax.checks import LARGEST_SEED, UserError, check_integer, check_range
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.jobs import generation
 from nlhf_jax.jobs.policies import load_policy
@@ -48,6 +48,7 @@ def sample(
       UserError: an empty prompt, a missing folder, or settings out of range.
     """
     check_integer("num_samples", num_samples, 1)
+    check_range("seed", seed, -LARGEST_SEED, LARGEST_SEED)
     check_range("beta", beta, 0.0, 1.0)
     if beta and not reference_checkpoint:
         raise UserError(
@@ -100,7 +101,10 @@ def read_prompts(prompt: str, prompts_file: str) -> Sequence[str]:
         path = pathlib.Path(prompts_file)
         if not path.is_file():
             raise UserError(f"prompts_file {prompts_file!r} does not exist")
-        texts = path.read_text(encoding="utf-8").splitlines()
+        try:
+            texts = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"prompts_file {prompts_file!r} is not UTF-8") from None
     else:
         texts = [sys.stdin.read() if prompt == "-" else prompt]
     for number, text in enumerate(texts, start=1):
