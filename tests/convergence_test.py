@@ -305,7 +305,10 @@ def test_the_command_prints_everything_as_json(monkeypatch, capsys):
         ("--num_records=49", "num_records must divide train_steps 1500, got 49"),
         ("--vocab_size=99", "vocab_size ** length must be at most 64, got 99 ** 2"),
         ("--seed=99999999999999999999", "seed must be in [0, 2147483647]"),
-        ("--extra={'self_play': {'nosuch': 1.0}}", "parameter of self_play must be one"),
+        (
+            "--extra={'self_play': {'nosuch': 1.0}}",
+            "parameter of self_play must be one",
+        ),
         ("--extra={'self_plya': {}}", "did you mean 'self_play'"),
     ],
 )

@@ -69,24 +69,31 @@ def _extremes(margin_NN: np.ndarray) -> tuple[np.ndarray, Policy]:
         for side, sign in enumerate((1.0, -1.0)):
             cost_N = np.zeros(size)
             cost_N[i] = sign
-            found = linprog(
-                cost_N,
-                A_ub=margin_NN,
-                b_ub=np.zeros(size),
-                A_eq=np.ones((1, size)),
-                b_eq=[1.0],
-                bounds=(0, 1),
-                method="highs",
-                options={
-                    "primal_feasibility_tolerance": FEASIBILITY,
-                    "dual_feasibility_tolerance": FEASIBILITY,
-                },
-            )
-            if found.x is None:
-                raise RuntimeError(f"a linear program failed: {found.message}")
-            bound_N2[i, side] = found.x[i]
-            total_N += np.maximum(found.x, 0)
+            found = _program(cost_N, margin_NN)
+            bound_N2[i, side] = found[i]
+            total_N += np.maximum(found, 0)
     return bound_N2, total_N / total_N.sum()
+
+
+def _program(cost_N: np.ndarray, margin_NN: np.ndarray) -> np.ndarray:
+    """Returns the equilibrium of least cost; the solver's own digits are the last try."""
+    tight = {
+        f"{side}_feasibility_tolerance": FEASIBILITY for side in ("primal", "dual")
+    }
+    for method, options in (("highs", tight), ("highs", {}), ("highs-ipm", {})):
+        found = linprog(
+            cost_N,
+            A_ub=margin_NN,
+            b_ub=np.zeros(len(cost_N)),
+            A_eq=np.ones((1, len(cost_N))),
+            b_eq=[1.0],
+            bounds=(0, 1),
+            method=method,
+            options=options,
+        )
+        if found.x is not None:
+            return found.x
+    raise RuntimeError(f"a linear program failed: {found.message}")
 
 
 def _unique(margin_NN: np.ndarray, support_K: np.ndarray) -> Policy:

@@ -18,6 +18,7 @@ from nlhf_jax.games.matrices import Matrix
 Policy = Float[np.ndarray, "N"]
 NEWTON_STEPS, CONTINUATION_POINTS = 200, 60
 STEP_TOLERANCE = 1e-14  # the last Newton step, in nats
+LEAST_TAU = 1e-7
 LARGEST_GAP = 1e-9  # of what is called an equilibrium
 
 
@@ -111,6 +112,8 @@ def regularised_nash(preference_NN: Matrix, reference_N: Policy, tau: float) -> 
     if not (np.asarray(reference_N) > 0).all():
         raise UserError(f"the reference must be above 0 everywhere, got {reference_N}")
     logits_N = np.log(reference_N)
+    if tau < LEAST_TAU:
+        raise UserError(f"tau {tau:g} is too small to solve a game at: at least 1e-7")
     decades = math.log10(max(10.0, tau)) - math.log10(tau)
     num_points = math.ceil(CONTINUATION_POINTS * max(1.0, decades / 2))
     path = np.geomspace(max(10.0, tau), tau, num_points)
