@@ -155,10 +155,11 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
         # The draw is chosen when the function is traced, in its first call.
         decodes["gumbel"](*args)
     drawn = {name: decode(*args) for name, decode in decodes.items()}
-    responses = tuple(samples.responses for samples in drawn["fused"].samples)
+    samples = drawn["fused"].samples
+    responses = tuple(one.responses for one in samples)
     steps = bench.step_parts()
     judged = (bench.frozen, bench.prompts, responses)
-    examples = (bench.prompts, responses, steps["score"](*judged))
+    examples = (bench.prompts, samples, steps["score"](*judged))
     calls = {
         name: functools.partial(decode, *args) for name, decode in decodes.items()
     } | {

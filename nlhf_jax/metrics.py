@@ -77,6 +77,19 @@ _POLICY = {
     "policy/entropy": Metric(
         "nats", 0, INFINITY, "mean negative log-probability of a sampled response"
     ),
+    "policy/effective_share": Metric(
+        "share",
+        0,
+        1,
+        "effective sample size over the number of samples, E[w]^2 / E[w^2] with w the "
+        "policy's probability of a trained response over that it was drawn with",
+    ),
+    "adversary/kl": Metric(
+        "nats",
+        -INFINITY,
+        INFINITY,
+        "estimated KL from the last snapshot of the policy to the adversary",
+    ),
     "preference/mean": Metric(
         "share", 0, 1, "mean preference of the policy's sample over its opponent's"
     ),
@@ -129,6 +142,27 @@ _EVALUATION = {
         INFINITY,
         "mean log-ratio to the reference of whole responses; an unbiased estimate of "
         "the sequence-level KL, so it can be negative",
+    ),
+    "eval/win_rate_last": Metric(
+        "share",
+        0,
+        1,
+        "mean learned preference over the answers of the evaluation before, in this "
+        "process",
+    ),
+    "eval/duality_gap": Metric(
+        "-",
+        -1,
+        1,
+        "lower bound of the duality gap without regularisation: twice what the best of "
+        "some samples wins against the policy under the learned preference; an "
+        "unbiased estimate, so it can be negative",
+    ),
+    "eval/duality_gap_error": Metric(
+        "-", 0, INFINITY, "standard error of eval/duality_gap over prompts"
+    ),
+    "eval/eos_rate": Metric(
+        "share", 0, 1, "answers that ended by themselves, before the length limit"
     ),
     "eval/length": Metric(
         "tokens", 0, INFINITY, "mean response length, end token included"

@@ -51,7 +51,7 @@ EvaluationFn = Callable[[Params, PyTree], Totals]
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first update."""
     return TrainState(
-        jnp.zeros((), jnp.int32), {POLICY: params}, optimizer.init(params)
+        jnp.zeros((), jnp.int32), {POLICY: params}, {POLICY: optimizer.init(params)}
     )
 
 
@@ -169,14 +169,16 @@ def _make_step(
         )
         scale = 1.0 / jnp.maximum(totals.weight, 1.0)
         gradient = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        updates, opt_state = optimizer.update(
+            gradient, state.opt_states[POLICY], params
+        )
         param_sets = {**state.param_sets, POLICY: optax.apply_updates(params, updates)}
         metrics = {name: value * scale for name, value in totals.sums.items()}
         metrics[weight_name] = totals.weight
         metrics["optimizer/gradient_norm"] = optax.tree.norm(gradient)
         if learning_rate is not None:
             metrics["optimizer/learning_rate"] = jnp.asarray(learning_rate(state.step))
-        return TrainState(state.step + 1, param_sets, opt_state), metrics
+        return TrainState(state.step + 1, param_sets, {POLICY: opt_state}), metrics
 
     return step_fn
 

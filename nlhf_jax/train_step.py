@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.decoding import sample
 from nlhf_jax.optimizers import split_microbatches
-from nlhf_jax.sequences import has_eos, token_log_probs
+from nlhf_jax.sequences import has_eos, masked_sum, token_log_probs
 from nlhf_jax.types import (
     POLICY,
     Algorithm,
@@ -26,24 +26,32 @@ from nlhf_jax.types import (
     PromptBatch,
     Responses,
     Rollout,
+    Samples,
     Schedule,
     ScoredSample,
     TrainState,
 )
 
 Metrics = dict[str, Float[Array, ""]]
+Examples = tuple[PromptBatch, tuple[Samples, ...], Feedback]
 TrainStepFn = Callable[
     [TrainState, ParamSets, PromptBatch, jax.Array], tuple[TrainState, Metrics]
 ]
+
+LARGEST_WEIGHT = 20.0  # nats, of an importance weight that is measured
+_FIRST, _SECOND = "weight/first", "weight/second"
 
 
 def init_state(
     params: Params, algorithm: Algorithm, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state before the first update; derived sets start at the policy."""
+    """Returns the state before the first step; derived sets start at the policy."""
     copies = {name: jax.tree.map(jnp.copy, params) for name in algorithm.derived_sets}
+    trained = dict.fromkeys([POLICY, *(one.trains for one in algorithm.followers)])
     return TrainState(
-        jnp.zeros((), jnp.int32), {POLICY: params} | copies, optimizer.init(params)
+        jnp.zeros((), jnp.int32),
+        {POLICY: params} | copies,
+        {name: optimizer.init(params) for name in trained},
     )
 
 
@@ -94,12 +102,12 @@ def scored_samples(
     params: Params,
     constants: ParamSets,
     prompts: PromptBatch,
-    responses: tuple[Responses, ...],
+    samples: tuple[Samples, ...],
 ) -> tuple[ScoredSample, ...]:
     """Returns what the loss reads, teacher-forced; only `params` carries gradient."""
     answered = []
     for index in algorithm.trained_on:
-        tokens_BT, mask_BT = responses[index]
+        tokens_BT, mask_BT = samples[index].responses
 
         def log_probs(weights, tokens_BT=tokens_BT, mask_BT=mask_BT):
             logits_BTV = model.logits(weights, prompts, tokens_BT, None)
@@ -109,7 +117,13 @@ def scored_samples(
             name: jax.lax.stop_gradient(log_probs(constants[name]))
             for name in algorithm.scored_under
         }
-        answered.append(ScoredSample(mask_BT, {POLICY: log_probs(params)} | under))
+        answered.append(
+            ScoredSample(
+                mask_BT,
+                {algorithm.trains: log_probs(params)} | under,
+                samples[index].sampling_log_probs_BT,
+            )
+        )
     return tuple(answered)
 
 
@@ -118,7 +132,7 @@ def gradient(
     algorithm: Algorithm,
     params: Params,
     constants: ParamSets,
-    examples: tuple[PromptBatch, tuple[Responses, ...], Feedback],
+    examples: Examples,
     *,
     num_microbatches: int = 1,
 ) -> tuple[Params, Metrics]:
@@ -128,18 +142,18 @@ def gradient(
     the other, so that only one part's activations are alive.
     """
 
-    def mean_loss(params: Params, part):
-        prompts, responses, feedback = part
-        samples = scored_samples(
-            model, algorithm, params, constants, prompts, responses
-        )
+    def mean_loss(params: Params, part: Examples):
+        prompts, drawn, feedback = part
+        samples = scored_samples(model, algorithm, params, constants, prompts, drawn)
         output = algorithm.loss(samples, feedback)
         metrics = {"loss/policy": output.loss_B} | output.metrics
+        metrics |= _weight_moments(samples, algorithm.trains)
         return output.loss_B.mean(), {k: v.mean() for k, v in metrics.items()}
 
     compute = jax.grad(mean_loss, has_aux=True)
     if num_microbatches == 1:
-        return compute(params, examples)
+        found, metrics = compute(params, examples)
+        return found, _with_effective_share(metrics)
     parts = split_microbatches(examples, num_microbatches)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -150,7 +164,31 @@ def gradient(
         return jax.tree.map(jnp.add, total, compute(params, part)), None
 
     total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda leaf: leaf / num_microbatches, total)
+    found, metrics = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
+    return found, _with_effective_share(metrics)
+
+
+def _weight_moments(
+    samples: tuple[ScoredSample, ...], trained: str
+) -> dict[str, Float[Array, "B"]]:
+    """Returns first and second powers of w = p(y) under the trained set / as drawn."""
+    log_weight_B = jnp.concatenate(
+        [
+            masked_sum(
+                sample.log_probs[trained] - sample.sampling_log_probs_BT,
+                sample.mask_BT,
+            )
+            for sample in samples
+        ]
+    )
+    weight_B = jnp.exp(jnp.minimum(jax.lax.stop_gradient(log_weight_B), LARGEST_WEIGHT))
+    return {_FIRST: weight_B, _SECOND: weight_B**2}
+
+
+def _with_effective_share(metrics: Metrics) -> Metrics:
+    """Returns the metrics with E[w]^2 / E[w^2] in place of the two moments."""
+    kept = {k: v for k, v in metrics.items() if k not in (_FIRST, _SECOND)}
+    return kept | {"policy/effective_share": metrics[_FIRST] ** 2 / metrics[_SECOND]}
 
 
 def update(
@@ -159,27 +197,40 @@ def update(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     constants: ParamSets,
-    examples: tuple[PromptBatch, tuple[Responses, ...], Feedback],
+    examples: Examples,
     *,
     num_microbatches: int = 1,
+    num_updates: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimiser step on judged responses, then the algorithm's own update."""
-    params = state.param_sets[POLICY]
-    grads, metrics = gradient(
-        model,
-        algorithm,
-        params,
-        constants,
-        examples,
-        num_microbatches=num_microbatches,
+    """Takes optimiser steps on judged responses; `step` and derived sets stay.
+
+    Every one of the `num_updates` sees the whole batch; the metrics are their means.
+    """
+
+    def one(learned, _):
+        params, opt_state = learned
+        grads, metrics = gradient(
+            model,
+            algorithm,
+            params,
+            constants,
+            examples,
+            num_microbatches=num_microbatches,
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics["optimizer/gradient_norm"] = optax.tree.norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    name = algorithm.trains
+    (params, opt_state), metrics = jax.lax.scan(
+        one, (state.param_sets[name], state.opt_states[name]), length=num_updates
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    param_sets = algorithm.update_sets(
-        state.param_sets | {POLICY: params}, state.step + 1
+    learned = TrainState(
+        state.step,
+        state.param_sets | {name: params},
+        state.opt_states | {name: opt_state},
     )
-    metrics["optimizer/gradient_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, dict(param_sets), opt_state), metrics
+    return learned, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
 
 def train_step(
@@ -194,6 +245,7 @@ def train_step(
     *,
     max_length: int,
     num_microbatches: int = 1,
+    num_updates_per_rollout: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Rollout, score and update as one pure function.
 
@@ -202,41 +254,58 @@ def train_step(
       algorithm: what is drawn, asked and minimised.
       judge: answers the algorithm's questions from the frozen sets.
       optimizer: optax transformation.
-      state: parameters, optimiser state and step.
+      state: parameters, optimisers' states and step.
       frozen: reference and judges' weights, an argument and never a constant.
       prompts: prompts of the batch, [B, S].
       key: the run's key; the step is folded in, so a resumed run draws the same.
       max_length: longest response in tokens.
       num_microbatches: parts of the batch for the gradient.
+      num_updates_per_rollout: optimiser steps on the same responses.
 
     Returns:
-      The state after the update, and scalar float32 metrics of this step.
+      The state after the step, and scalar float32 metrics of this step.
     """
-    param_sets = dict(frozen) | state.param_sets
-    drawn = rollout(
-        model,
-        algorithm,
-        param_sets,
-        prompts,
-        jax.random.fold_in(key, state.step),
-        state.step,
-        max_length=max_length,
-    )
-    responses = tuple(one.responses for one in drawn.samples)
-    feedback = score(algorithm, judge, frozen, prompts, responses)
-    state, metrics = update(
-        model,
-        algorithm,
-        optimizer,
-        state,
-        param_sets,
-        (prompts, responses, feedback),
-        num_microbatches=num_microbatches,
-    )
-    ended_B = has_eos(*responses[0], model.eos_id)
-    metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
-    metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
-    return state, metrics
+    key = jax.random.fold_in(key, state.step)
+    keys = iter(jax.random.split(key, len(algorithm.parts)))
+
+    def learn(part: Algorithm, state: TrainState, constants: ParamSets):
+        constants = dict(constants) | state.param_sets
+        drawn = rollout(
+            model,
+            part,
+            constants,
+            prompts,
+            next(keys),
+            state.step,
+            max_length=max_length,
+        )
+        responses = tuple(one.responses for one in drawn.samples)
+        feedback = score(part, judge, frozen, prompts, responses)
+        state, metrics = update(
+            model,
+            part,
+            optimizer,
+            state,
+            constants,
+            (prompts, drawn.samples, feedback),
+            num_microbatches=num_microbatches,
+            num_updates=num_updates_per_rollout,
+        )
+        ended_B = has_eos(*responses[0], model.eos_id)
+        metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
+        metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
+        return state, metrics
+
+    constants = dict(frozen)
+    for name, part in algorithm.lookaheads.items():
+        ahead, _ = learn(part, state, constants)
+        constants[name] = ahead.param_sets[part.trains]
+    state, metrics = learn(algorithm, state, constants)
+    for part in algorithm.followers:
+        state, its_metrics = learn(part, state, constants)
+        metrics = its_metrics | metrics  # what both measure is the policy's
+    sets = algorithm.update_sets(state.param_sets, state.step + 1)
+    return TrainState(state.step + 1, dict(sets), state.opt_states), metrics
 
 
 def make_train_step(
@@ -247,11 +316,13 @@ def make_train_step(
     *,
     max_length: int,
     num_microbatches: int = 1,
+    num_updates_per_rollout: int = 1,
     learning_rate: Schedule | None = None,
 ) -> TrainStepFn:
     """Returns `train_step` with everything bound but state, weights, prompts and key.
 
-    With `learning_rate`, the metrics hold its value at this step.
+    With `learning_rate`, a schedule of the updates done, the metrics hold its value at
+    the first update of this step.
     """
     step = functools.partial(
         train_step,
@@ -261,12 +332,14 @@ def make_train_step(
         optimizer,
         max_length=max_length,
         num_microbatches=num_microbatches,
+        num_updates_per_rollout=num_updates_per_rollout,
     )
     if learning_rate is None:
         return step
 
     def with_rate(state, frozen, prompts, key):
-        rate = jnp.asarray(learning_rate(state.step), jnp.float32)
+        num_updates = state.step * num_updates_per_rollout
+        rate = jnp.asarray(learning_rate(num_updates), jnp.float32)
         state, metrics = step(state, frozen, prompts, key)
         return state, metrics | {"optimizer/learning_rate": rate}
 

@@ -205,11 +205,14 @@ class ScoredSample(NamedTuple):
     Attributes:
       mask_BT: True on the tokens that count, the end-of-sequence token included.
       log_probs: parameter set name -> log-probabilities [B, T], zero where the mask is
-        False. The entry `params` carries the gradient; the others are constants.
+        False. The entry of the set that is trained carries the gradient; the others
+        are constants.
+      sampling_log_probs_BT: under what the tokens were drawn from, as in `Samples`.
     """
 
     mask_BT: Bool[Array, "B T"]
     log_probs: dict[str, Float[Array, "B T"]]
+    sampling_log_probs_BT: Float[Array, "B T"]
 
 
 class LossOutput(NamedTuple):
@@ -229,7 +232,7 @@ def _keep_param_sets(param_sets: ParamSets, step: jax.Array) -> ParamSets:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """Speakers, questions to the judge, a loss, and what happens after an update.
+    """Speakers, questions to the judge, a loss, and what happens around an update.
 
     Attributes:
       name: its name in the registry.
@@ -238,12 +241,20 @@ class Algorithm:
       comparisons: pairs (i, j) of speakers; the judge says P(y_i > y_j).
       ratings: speakers whose sample the judge rates with a scalar.
       trained_on: speakers whose sample the loss reads, in the order it gets them.
-      scored_under: parameter sets, besides the policy, whose teacher-forced
+      scored_under: parameter sets, besides the trained one, whose teacher-forced
         log-probabilities of those samples the loss reads.
       loss: (scored samples, feedback) -> loss per example. It is minimised.
+      trains: the parameter set that the loss moves.
+      is_regularised: whether it pursues the equilibrium at its tau; if not, that of the
+        game without regularisation.
       derived_sets: parameter sets kept in the train state besides the policy; they
         start as copies of the policy (an average of past policies, say).
-      update_sets: (param_sets, step) -> param_sets, applied after each update.
+      update_sets: (param_sets, step) -> param_sets, applied at the end of each step.
+      lookaheads: parameter set -> algorithm; before each step the set becomes what one
+        step of that algorithm would make of the policy. Neither the policy nor its
+        optimiser's state keep anything of it.
+      followers: algorithms that take a step after the policy's own, each training a
+        derived set of its own with an optimiser state of its own.
     """
 
     name: str
@@ -253,19 +264,28 @@ class Algorithm:
     trained_on: tuple[int, ...]
     scored_under: tuple[str, ...]
     loss: LossFn
+    trains: str = POLICY
+    is_regularised: bool = True
     derived_sets: tuple[str, ...] = ()
     update_sets: Callable[[ParamSets, jax.Array], ParamSets] = _keep_param_sets
+    lookaheads: Mapping[str, "Algorithm"] = dataclasses.field(default_factory=dict)
+    followers: tuple["Algorithm", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Algorithm", ...]:
+        """Everything that draws, asks and learns in a step, in the order it does."""
+        return (*self.lookaheads.values(), self, *self.followers)
 
 
 class TrainState(NamedTuple):
     """All that an update changes.
 
     Attributes:
-      step: number of updates done.
+      step: number of steps done.
       param_sets: `params` and the algorithm's derived sets.
-      opt_state: the optimiser's state.
+      opt_states: the optimiser's state of each set that is trained.
     """
 
     step: Int[Array, ""]
     param_sets: dict[str, Any]
-    opt_state: PyTree
+    opt_states: dict[str, PyTree]

@@ -5,7 +5,10 @@ A new algorithm is one row of `TABLE`; all tests below then guard it.
 """
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,14 @@ from nlhf_jax.evaluation import exact
 from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
-from nlhf_jax.types import POLICY, REFERENCE, Feedback, ScoredSample, Speaker
+from nlhf_jax.types import (
+    POLICY,
+    REFERENCE,
+    Feedback,
+    LanguageModel,
+    ScoredSample,
+    Speaker,
+)
 
 TAU, EXACT = 0.05, 1e-12
 SKEWED = np.array([0.5, 0.3, 0.2])
@@ -29,16 +39,130 @@ class Row:
     """What is known of an algorithm.
 
     Attributes:
+      name: in the registry.
       settings: arguments of its factory.
-      beta: weight of the reference in its opponent; None where it has no opponent.
-      fixed_point: (preference_NN, reward_N, reference_N, tau) -> policy_N, in closed
-        form for one-token responses; for longer ones too where beta is 0, 1 or None.
+      claim: `World` -> a scalar whose gradient by the policy is what the algorithm
+        claims to ascend, written with whole responses.
+      fixed_point: (preference_NN, reward_N, reference_N) -> policy_N of a game of
+        one-token responses.
+      game: (rng, reward_N) -> a game for which that is known.
     """
 
     name: str
     settings: dict
-    beta: float | None
+    claim: Callable
     fixed_point: Callable
+    game: Callable = lambda rng, reward: matrices.random_game(rng, len(reward))
+
+    def make(self):
+        """Returns the algorithm."""
+        return ALGORITHMS[self.name](**self.settings)
+
+
+class World(NamedTuple):
+    """A game, parameter sets (the policy's carry the gradient), and where they live."""
+
+    model: LanguageModel
+    length: int
+    game: np.ndarray
+    reward: np.ndarray
+    sets: dict
+    held: dict
+
+    def log_probs(self, *speaker):
+        """Returns log p of every response under a speaker that is a constant."""
+        choices = tabular.all_responses(self.model, self.length)
+        speaker = Speaker(*speaker)
+        return tabular.response_log_probs(self.model, self.held, speaker, choices)
+
+    def probs(self, *speaker):
+        return jnp.exp(self.log_probs(*speaker))
+
+    def value(self, *speaker):
+        """Returns P(y > speaker)."""
+        return jnp.asarray(self.game) @ self.probs(*speaker)
+
+    def log_policy(self):
+        """Returns log pi of every response, with its gradient."""
+        choices = tabular.all_responses(self.model, self.length)
+        speaker = Speaker({POLICY: 1.0})
+        return tabular.response_log_probs(self.model, self.sets, speaker, choices)
+
+
+ITSELF, THE_REFERENCE = {POLICY: 1.0}, {REFERENCE: 1.0}
+
+
+def payoff(opponent=None, anchor=REFERENCE):
+    """E_pi[P(y > opponent) or reward] - tau KL(pi, anchor)."""
+
+    def claim(world):
+        log_policy = world.log_policy()
+        policy, log_anchor = jnp.exp(log_policy), world.log_probs({anchor: 1.0})
+        value = world.value(opponent) if opponent else jnp.asarray(world.reward)
+        return policy @ (value - TAU * (log_policy - log_anchor))
+
+    return claim
+
+
+def regression(first, second, values, anchors=None, scale=1 / TAU, alpha=0.0):
+    """Half of E[(g(y) - g(y')) (log pi(y) - log pi(y'))], g = value - log(pi/a)/scale.
+
+    `first` and `second` are speakers' arguments, `values` pairs of (weight, opponent).
+    """
+
+    def claim(world):
+        log_policy = world.log_policy()
+        anchor = sum(
+            weight * world.log_probs({name: 1.0})
+            for name, weight in (anchors or THE_REFERENCE).items()
+        )
+        g = sum(weight * world.value(opponent) for weight, opponent in values)
+        g = jax.lax.stop_gradient(g - (log_policy - anchor) / scale)
+        p, q = world.probs(*first), world.probs(*second)
+        ascent = (p * (g - q @ g) + q * (g - p @ g)) @ log_policy / 2
+        return ascent + alpha / (4 * scale) * p @ log_policy
+
+    return claim
+
+
+def logistic(second, alpha=0.0):
+    def claim(world):
+        log_policy, log_other = world.log_policy(), world.log_probs(THE_REFERENCE)
+        ratio = TAU * (log_policy - log_other)
+        h = ratio[:, None] - ratio[None, :]
+        game = jnp.asarray(world.game)
+        fit = game * jax.nn.log_sigmoid(h) + (1 - game) * jax.nn.log_sigmoid(-h)
+        bonus = alpha * world.probs(second) @ log_policy
+        return (world.probs(ITSELF) @ fit @ world.probs(second) - bonus) / (2 * TAU)
+
+    return claim
+
+
+def log_ratios(num_responses, step_size):
+    def claim(world):
+        log_policy, log_old = world.log_policy(), world.log_probs({"previous": 1.0})
+        lead = (1 - 1 / num_responses) * (world.value({"previous": 1.0}) - 0.5)
+        g = jax.lax.stop_gradient(lead - (log_policy - log_old) / step_size)
+        return (jnp.exp(log_old) * g) @ log_policy
+
+    return claim
+
+
+def larger_of_two(world):
+    """Of two rewards the standardised lead is the sign; k3 is taken token by token."""
+    log_policy, policy = world.log_policy(), world.probs(ITSELF)
+    reward = jnp.asarray(world.reward)
+    sign = jnp.sign(reward[:, None] - reward[None, :])
+    choices = tabular.all_responses(world.model, world.length)
+
+    def tokens(sets, name):
+        return tabular.sampling_log_probs(
+            world.model, sets, Speaker({name: 1.0}), choices
+        )
+
+    ratio = tokens(world.held, REFERENCE) - tokens(world.sets, POLICY)
+    divergence = (jnp.exp(ratio) - ratio - 1).sum(axis=1)
+    return (policy * (sign @ policy)) @ log_policy - TAU * policy @ divergence
 
 
 def best_response_to_mixture(beta):
@@ -53,18 +177,159 @@ def best_response_to_mixture(beta):
     return fixed_point
 
 
+def nash_at_tau(game, reward, reference):
+    del reward
+    return solutions.regularised_nash(game, reference, TAU)
+
+
 def gibbs(game, reward, reference, tau=TAU):
     del game
     return solutions.normalise(np.log(reference) + reward / tau)
 
 
+def nash_of_a_cycle(game, reward, reference):
+    """Of three: the margin of the opposite pair, normalised."""
+    del reward, reference
+    margin = np.array([game[1, 2], game[2, 0], game[0, 1]]) - 0.5
+    return margin / margin.sum()
+
+
+def indifferent(game, reward, reference):
+    """GRPO's with two responses: pi(y) (s(y) - tau) + tau mu(y) = 0 for every y.
+
+    s(y) = P(r < r(y)) - P(r > r(y)), so the responses are solved from the best one on.
+    """
+    del game
+    order, above, found = np.argsort(-reward), 0.0, np.zeros(3)
+    for y in order:
+        # s(y) = (1 - above - p) - above; p (tau - 1 + 2 above + p) = tau mu.
+        b = TAU - 1 + 2 * above
+        found[y] = (-b + np.sqrt(b * b + 4 * TAU * reference[y])) / 2
+        above += found[y]
+    return found
+
+
+def bradley_terry(rng, reward):
+    del rng
+    return matrices.bradley_terry(reward)
+
+
+def cycle(rng, reward):
+    del reward
+    return matrices.cyclic(*rng.uniform(0.1, 0.5, size=3))
+
+
+def mixture(beta):
+    return {k: w for k, w in ((POLICY, 1 - beta), (REFERENCE, beta)) if w}
+
+
+STEP = {"tau": TAU, "step_size": 4.0}
+PROXIMAL = {REFERENCE: 4.0 * TAU, "previous": 1 - 4.0 * TAU}
+OLD, OLDER = {"previous": 1.0}, {"older": 1.0}
+CLOSED_FORM = {"previous": 2.0, "older": -1.0}
+
+
+def proximal(first=OLD, second=OLD, values=((1.0, OLD),), **more):
+    more = {"anchors": PROXIMAL, "scale": 4.0} | more
+    return regression((first,), (second,), values, **more)
+
+
+def own_mixture(name, beta):
+    settings = {"tau": TAU, "beta": beta}
+    m = mixture(beta)
+    claim = {
+        "nash_md_pg": payoff(m),
+        "ipo_md": regression((m,), (m,), [(1.0, m)]),
+    }
+    return Row(name, settings, claim[name], best_response_to_mixture(beta))
+
+
+HOT = (ITSELF, 2.0)
 TABLE = [
-    Row("nash_md_pg", {"tau": TAU, "beta": 0.25}, 0.25, best_response_to_mixture(0.25)),
-    Row("nash_md_pg", {"tau": TAU, "beta": 0.0}, 0.0, best_response_to_mixture(0.0)),
-    Row("self_play", {"tau": TAU}, 0.0, best_response_to_mixture(0.0)),
-    Row("best_response", {"tau": TAU}, 1.0, best_response_to_mixture(1.0)),
-    Row("reward_pg", {"tau": TAU}, None, gibbs),
+    own_mixture("nash_md_pg", 0.25),
+    own_mixture("nash_md_pg", 0.0),
+    own_mixture("ipo_md", 0.25),
+    own_mixture("ipo_md", 1.0),
+    Row("self_play", {"tau": TAU}, payoff(ITSELF), nash_at_tau),
+    Row("spo", {"tau": TAU, "num_responses": 3}, payoff(ITSELF), nash_at_tau),
+    Row(
+        "best_response",
+        {"tau": TAU},
+        payoff(THE_REFERENCE),
+        best_response_to_mixture(1),
+    ),
+    Row(
+        "nash_ema_pg",
+        {"tau": TAU, "decay": 0.9},
+        payoff({"average": 1.0}),
+        nash_at_tau,
+    ),
+    Row("nash_mirror_prox", {"tau": TAU}, payoff({"ahead": 1.0}), nash_at_tau),
+    Row(
+        "online_ipo",
+        {"tau": TAU},
+        regression((ITSELF,), (ITSELF,), [(1.0, ITSELF)]),
+        nash_at_tau,
+    ),
+    Row("inpo", STEP, proximal(), nash_at_tau),
+    Row("iterative_nlhf", STEP | {"num_comparators": 2}, proximal(), nash_at_tau),
+    Row(
+        "enpo",
+        STEP | {"alpha": 0.0, "num_comparators": 1},
+        proximal(second={"adversary": 1.0}),
+        nash_at_tau,
+    ),
+    Row(
+        "enpo",
+        STEP | {"alpha": 0.3, "num_comparators": 1},
+        proximal(second={"adversary": 1.0}, alpha=0.3),
+        nash_at_tau,
+    ),
+    Row(
+        "enpo_closed_form",
+        STEP | {"alpha": 0.3, "adversary_tau": 0.5, "num_comparators": 1},
+        proximal(second=CLOSED_FORM, alpha=0.3),
+        nash_at_tau,
+    ),
+    Row(
+        "egpo",
+        {"tau": TAU, "temperature": 2.0},
+        regression(HOT, HOT, [(1.0, {"ahead": 1.0})]),
+        nash_at_tau,
+    ),
+    Row("onpo", STEP, proximal(values=((2.0, OLD), (-1.0, OLDER))), nash_at_tau),
+    Row(
+        "onpo",
+        {"step_size": 4.0},
+        proximal(values=((2.0, OLD), (-1.0, OLDER)), anchors=OLD),
+        nash_of_a_cycle,
+        cycle,
+    ),
+    Row(
+        "sppo",
+        {"step_size": 4.0, "num_responses": 3},
+        log_ratios(3, 4.0),
+        nash_of_a_cycle,
+        cycle,
+    ),
+    Row("mpo", {"tau": TAU}, payoff(ITSELF, "magnet"), nash_of_a_cycle, cycle),
+    Row(
+        "comal",
+        STEP,
+        proximal(anchors={"magnet": 4.0 * TAU, "previous": 1 - 4.0 * TAU}),
+        nash_of_a_cycle,
+        cycle,
+    ),
+    Row("reward_pg", {"tau": TAU}, payoff(), gibbs),
+    Row("rloo", {"tau": TAU, "num_responses": 3}, payoff(), gibbs),
+    Row("grpo", {"tau": TAU, "num_responses": 2}, larger_of_two, indifferent),
+    Row("online_dpo", {"tau": TAU}, logistic(ITSELF), gibbs, bradley_terry),
+    Row(
+        "xpo", {"tau": TAU, "alpha": 0.0}, logistic(THE_REFERENCE), gibbs, bradley_terry
+    ),
 ]
+# With a bonus that moves the fixed point where no closed form is known.
+BONUS = Row("xpo", {"tau": TAU, "alpha": 0.02}, logistic(THE_REFERENCE, 0.02), gibbs)
 each_algorithm = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 
 
@@ -72,55 +337,41 @@ def test_every_registered_algorithm_has_a_row():
     assert {row.name for row in TABLE} == set(ALGORITHMS)
 
 
-def objective(row, params, constants, game, reward, model, length):
-    """The exact function whose gradient the algorithm claims to ascend."""
-    choices = tabular.all_responses(model, length)
-
-    def log_probs(sets, weights):
-        return tabular.response_log_probs(model, sets, Speaker(weights), choices)
-
-    log_policy = log_probs({POLICY: params}, {POLICY: 1.0})
-    log_reference = log_probs(constants, {REFERENCE: 1.0})
-    policy = jnp.exp(log_policy)
-    if row.beta is None:
-        payoff = policy @ jnp.asarray(reward)
-    else:
-        weights = {POLICY: 1 - row.beta, REFERENCE: row.beta}
-        # The opponent is built from constants only.
-        opponent = jnp.exp(log_probs(constants, weights))
-        payoff = policy @ (jnp.asarray(game) @ opponent)
-    return payoff - TAU * jnp.sum(policy * (log_policy - log_reference))
+def sets_of(algorithm, make):
+    """Returns a value of `make(name)` for every set but the reference's judges."""
+    names = (POLICY, REFERENCE, *algorithm.derived_sets, *algorithm.lookaheads)
+    return {name: make(name) for name in names}
 
 
-@each_algorithm
+@pytest.mark.parametrize("row", [*TABLE, BONUS], ids=lambda row: row.name)
 @pytest.mark.parametrize("length, eos_id", [(1, -1), (2, -1), (2, 1), (3, 0)])
-def test_the_expected_gradient_is_that_of_the_objective(row, length, eos_id, float64):
-    model = tabular.tabular_model(3, length, eos_id=eos_id)
-    keys = jax.random.split(jax.random.key(length))
-    sets = {POLICY: model.init(keys[0]), REFERENCE: model.init(keys[1])}
+def test_the_expected_gradient_is_the_claimed_one(row, length, eos_id, float64):
+    algorithm = row.make()
+    # What K speakers say together is enumerated, so long responses need a small V.
+    vocab_size = 3 if len(algorithm.speakers) == 2 else 2
+    model = tabular.tabular_model(vocab_size, length, eos_id=eos_id)
+    keys = iter(jax.random.split(jax.random.key(length), 9))
+    sets = sets_of(algorithm, lambda name: model.init(next(keys)))
     size = len(tabular.all_responses(model, length).tokens_BT)
     rng = np.random.default_rng(0)
     game, reward = matrices.random_game(rng, size), rng.normal(size=size)
-    algorithm = ALGORITHMS[row.name](**row.settings)
     judge = table_judge(model, game, reward)
     found = exact.expected_gradient(model, algorithm, judge, sets, length)
-    claimed = jax.jit(
-        jax.grad(
-            lambda params: objective(row, params, sets, game, reward, model, length)
-        )
-    )(sets[POLICY])
+
+    def claim(params):
+        world = World(model, length, game, reward, sets | {POLICY: params}, sets)
+        return row.claim(world)
+
+    claimed = jax.jit(jax.grad(claim))(sets[POLICY])
     np.testing.assert_allclose(found["table"], -claimed["table"], atol=EXACT)
-    assert np.abs(claimed["table"]).max() > 1e-3
+    assert np.abs(claimed["table"]).max() > 1e-5
 
 
 def one_token_gradient(row, policy, reference, game, reward):
-    model = tabular.tabular_model(3, 1)
-    sets = {
-        POLICY: tabular.table(np.log(policy)),
-        REFERENCE: tabular.table(np.log(reference)),
-    }
+    model, algorithm = tabular.tabular_model(3, 1), row.make()
+    sets = sets_of(algorithm, lambda name: tabular.table(np.log(policy)))
+    sets |= {REFERENCE: tabular.table(np.log(reference))}
     judge = table_judge(model, game, reward)
-    algorithm = ALGORITHMS[row.name](**row.settings)
     return exact.expected_gradient(model, algorithm, judge, sets, 1)["table"]
 
 
@@ -128,15 +379,24 @@ def one_token_gradient(row, policy, reference, game, reward):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_is_zero_at_the_documented_fixed_point(row, seed, float64):
     rng = np.random.default_rng(seed)
-    game, reward = matrices.random_game(rng, 3), 0.1 * rng.normal(size=3)
+    reward = 0.1 * rng.normal(size=3)
+    game = row.game(rng, reward)
     point = row.fixed_point(game, reward, SKEWED)
     gradient = one_token_gradient(row, point, SKEWED, game, reward)
     np.testing.assert_allclose(gradient, 0.0, atol=EXACT)
 
 
+def known_game(row):
+    """The skew game, or the one of row's kind nearest to it, with small rewards."""
+    reward = np.array([0.06, -0.02, 0.04])
+    if row.game is bradley_terry:
+        return matrices.bradley_terry(reward), reward
+    return matrices.skew(), reward
+
+
 @each_algorithm
 def test_the_gradient_is_not_zero_beside_the_fixed_point(row, float64):
-    game, reward = matrices.skew(), np.array([0.06, -0.02, 0.04])
+    game, reward = known_game(row)
     point = row.fixed_point(game, reward, SKEWED)
     for move in 0.01 * np.eye(3):
         beside = solutions.normalise(np.log(point) + move)
@@ -146,11 +406,11 @@ def test_the_gradient_is_not_zero_beside_the_fixed_point(row, float64):
 
 @each_algorithm
 def test_the_fixed_point_is_found_from_the_gradient_alone(row):
-    game, reward = matrices.skew(), np.array([0.06, -0.02, 0.04])
+    game, reward = known_game(row)
     known = row.fixed_point(game, reward, SKEWED)
     ((found, move),) = exact.fixed_points(
         tabular.tabular_model(3, 1),
-        ALGORITHMS[row.name](**row.settings),
+        row.make(),
         [(game, reward)],
         {REFERENCE: tabular.table(np.log(SKEWED))},
         tabular.table(np.log(SKEWED)),
@@ -249,7 +509,7 @@ def test_nash_md_weighs_each_response_by_the_known_advantage(beta, float64):
 def test_nash_md_follows_the_direction_with_a_constant_opponent(beta, float64):
     policy = solutions.normalise(LOGITS)
     assert abs(solutions.kl(policy, SKEWED) - 0.062906139468) < EXACT
-    row = Row("nash_md_pg", {"tau": 0.05, "beta": beta}, beta, gibbs)
+    row = own_mixture("nash_md_pg", beta)
     gradient = one_token_gradient(row, policy, SKEWED, matrices.skew(), np.zeros(3))
     np.testing.assert_allclose(-gradient[0, 0], KNOWN[beta][2], rtol=0, atol=EXACT)
 
@@ -305,27 +565,38 @@ def scored(log_probs, reference, mask):
     return ScoredSample(
         jnp.asarray(mask),
         {POLICY: jnp.asarray(log_probs), REFERENCE: jnp.asarray(reference)},
+        jax.lax.stop_gradient(jnp.asarray(log_probs)),
     )
 
 
-def losses_of(row, samples, preference=0.5, reward=0.0):
-    algorithm = ALGORITHMS[row.name](**row.settings)
-    batch = samples[0].mask_BT.shape[0]
+def losses_of(row, mask, log_probs, others, preference=0.5, reward=0.0):
+    """Returns the loss where every sample has these log-probabilities."""
+    algorithm, mask = row.make(), jnp.asarray(mask)
+    under = dict.fromkeys(algorithm.scored_under, jnp.asarray(others))
+    sample = ScoredSample(
+        mask, {POLICY: log_probs} | under, jax.lax.stop_gradient(log_probs)
+    )
     feedback = Feedback(
-        tuple(jnp.full(batch, preference) for _ in algorithm.comparisons),
-        tuple(jnp.full(batch, reward) for _ in algorithm.ratings),
+        tuple(jnp.full(len(mask), preference) for _ in algorithm.comparisons),
+        tuple(jnp.full(len(mask), reward) for _ in algorithm.ratings),
     )
-    return algorithm.loss(samples[: len(algorithm.trained_on)], feedback)
+    return algorithm.loss((sample,) * len(algorithm.trained_on), feedback).loss_B
 
 
-@each_algorithm
+without_bonus = pytest.mark.parametrize(
+    "row",
+    [row for row in TABLE if not row.settings.get("alpha")],
+    ids=lambda row: row.name,
+)
+
+
+@without_bonus
 def test_a_tie_at_the_reference_moves_nothing_in_any_sample(row):
     log_probs = np.log(np.full((2, 3), 0.3))
-    mask = np.ones((2, 3), bool)
 
     def loss(x):
-        one = ScoredSample(jnp.asarray(mask), {POLICY: x, REFERENCE: x + 0.0})
-        return losses_of(row, (one, one), preference=0.5, reward=0.7).loss_B.sum()
+        mask, held = np.ones((2, 3), bool), jax.lax.stop_gradient(x)
+        return losses_of(row, mask, x, held, preference=0.5, reward=0.5).sum()
 
     gradient = jax.grad(loss)(jnp.asarray(log_probs))
     np.testing.assert_array_equal(gradient, 0.0)
@@ -338,14 +609,13 @@ def test_what_lies_behind_the_mask_changes_nothing(row):
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
 
     def loss_and_gradient(poison):
-        dirty = np.where(mask, log_probs, poison).astype(np.float32)
+        dirty, others = (
+            np.where(mask, clean, poison).astype(np.float32)
+            for clean in (log_probs, reference)
+        )
 
         def loss(x):
-            one = ScoredSample(
-                jnp.asarray(mask),
-                {POLICY: x, REFERENCE: jnp.asarray(np.where(mask, reference, poison))},
-            )
-            return losses_of(row, (one, one), preference=0.8, reward=0.3).loss_B.sum()
+            return losses_of(row, mask, x, others, preference=0.8, reward=0.3).sum()
 
         return jax.value_and_grad(loss)(jnp.asarray(dirty))
 
@@ -356,11 +626,33 @@ def test_what_lies_behind_the_mask_changes_nothing(row):
     np.testing.assert_array_equal(np.asarray(dirty_gradient)[~mask], 0.0)
 
 
+# What every argument of the family is refused with.
+BAD = {
+    "tau": (-0.1, float("nan"), -float("inf")),
+    "step_size": (0.0, -1.0, 1.01 / TAU),
+    "decay": (-0.1, 1.1),
+    "alpha": (-1e-3,),
+    "adversary_tau": (0.0,),
+    "temperature": (0.0,),
+    "clip_range": (0.0, -0.2),
+    "num_responses": (1, -3),
+    "num_comparators": (0,),
+    "num_proposals": (1,),
+    "period": (0, -1),
+    "magnet_period": (0,),
+}
+
+
 @each_algorithm
-@pytest.mark.parametrize("tau", [-0.1, float("nan"), float("inf") * -1])
-def test_a_bad_tau_is_refused(row, tau):
-    with pytest.raises(UserError, match=r"tau must be in \[0"):
-        ALGORITHMS[row.name](**row.settings | {"tau": tau})
+def test_bad_arguments_are_refused(row):
+    parameters = inspect.signature(ALGORITHMS[row.name]).parameters
+    for name in set(parameters) - {"beta"}:
+        for value in BAD[name]:
+            if name == "step_size" and value > 1 and not row.settings.get("tau"):
+                continue  # without tau there is no largest step
+            shown = re.escape(f"{value!r}")
+            with pytest.raises(UserError, match=f"{name} must be .* got {shown}"):
+                ALGORITHMS[row.name](**row.settings | {name: value})
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.5])

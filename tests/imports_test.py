@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nlhf_jax"
 LAYERS = (
     (0, {"types": (), "checks": ()}),
     (1, {"sequences": (), "settings": ()}),
-    (2, {"games": ("scipy",), "mixture": (), "losses": ()}),
+    (2, {"games": ("scipy",), "mixture": (), "losses": (), "parameter_sets": ()}),
     (
         3,
         {

@@ -143,7 +143,7 @@ def test_decode_and_teacher_forcing_agree_on_responses_that_end(float64):
     prompts = tabular.empty_prompts(64)
     drawn, responses = draw(algorithm, sets, prompts, seed=0)
     (scored,) = train_step.scored_samples(
-        model, algorithm, sets[POLICY], sets, prompts, responses
+        model, algorithm, sets[POLICY], sets, prompts, drawn.samples
     )
     np.testing.assert_allclose(
         scored.log_probs[POLICY], drawn.samples[0].log_probs[POLICY], rtol=0, atol=1e-12

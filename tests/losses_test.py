@@ -17,7 +17,11 @@ EXACT = 1e-12
 def scored(policy, reference, mask=None) -> ScoredSample:
     policy = jnp.asarray(policy)
     mask = jnp.ones(policy.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    return ScoredSample(mask, {POLICY: policy, REFERENCE: jnp.asarray(reference)})
+    # Drawn from the policy itself.
+    drawn_from = jax.lax.stop_gradient(policy)
+    return ScoredSample(
+        mask, {POLICY: policy, REFERENCE: jnp.asarray(reference)}, drawn_from
+    )
 
 
 def by_hand(policy, reference, mask, payoff, tau):
@@ -31,7 +35,7 @@ def by_hand(policy, reference, mask, payoff, tau):
                 if m >= t
             )
             advantage = payoff[row] - tau * to_go
-            loss[row] -= advantage * policy[row][t]
+            loss[row] -= advantage
             gradient[row][t] = -advantage
     return loss, gradient
 

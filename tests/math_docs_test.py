@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.games import methods
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -13,6 +14,9 @@ TEXT = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 NUMBERS = [int(n) for n in re.findall(r"^\((\d+)\)", BLOCKS, re.MULTILINE)]
 CITED = re.compile(r"docs/math\.md\s((?:\(\d+\)(?:,\s+|\s+to\s+|\s+and\s+)?)+)")
+
+
+ONE_EACH = {factory.__module__.rpartition(".")[2] for factory in ALGORITHMS.values()}
 
 
 def citations(text: str) -> list[int]:
@@ -54,10 +58,7 @@ def test_text_refers_to_equations_that_are_there():
         "mixture.py",
         "decoding.py",
         "train_step.py",
-        "algorithms/best_response.py",
-        "algorithms/nash_md_pg.py",
-        "algorithms/reward_pg.py",
-        "algorithms/self_play.py",
+        *(f"algorithms/{name}.py" for name in sorted(ONE_EACH)),
         "preferences/pairwise.py",
         "preferences/reward.py",
     ],

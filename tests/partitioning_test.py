@@ -19,6 +19,7 @@ from nlhf_jax import partitioning
 from nlhf_jax.checks import UserError
 from nlhf_jax.settings import MeshSettings
 from nlhf_jax.supervised_step import init_state
+from nlhf_jax.types import POLICY
 
 HERE = pathlib.Path(__file__).parent
 
@@ -220,8 +221,8 @@ def test_equal_shapes_do_not_mix_up_parameters():
     found = partitioning.state_shardings(
         init_state(params, optax.adam(0.1)), lie, params
     )
-    assert found.opt_state[0].mu == lie
-    assert found.opt_state[0].nu["b"]["w"].spec == P("tensor", "fsdp")
+    assert found.opt_states[POLICY][0].mu == lie
+    assert found.opt_states[POLICY][0].nu["b"]["w"].spec == P("tensor", "fsdp")
 
 
 def test_constrain_does_nothing_without_a_mesh():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-play: policy gradient against the policy itself."""
 
-from nlhf_jax.algorithms.nash_md_pg import against
+from nlhf_jax.algorithms.policy_gradients import against
+from nlhf_jax.losses import CLIP_RANGE
 from nlhf_jax.types import POLICY, Algorithm
 
 
-def self_play(*, tau: float) -> Algorithm:
+def self_play(*, tau: float, clip_range: float = CLIP_RANGE) -> Algorithm:
     """Returns self-play, Nash-MD-PG with beta = 0.
 
         y, y' ~ pi independent; ascend grad log pi(y) (P(y > y') - 1/2 - tau lr(y))
@@ -17,11 +18,12 @@ def self_play(*, tau: float) -> Algorithm:
 
     Args:
       tau: strength of the KL to the reference, per nat, >= 0.
+      clip_range: of the probability ratio at the updates after the first, > 0.
 
     Raises:
-      UserError: tau out of range.
+      UserError: tau or clip_range out of range.
 
     Source: Munos et al., 2024, arXiv 2312.00886, section 7 (beta = 0);
     docs/math.md (7), (26).
     """
-    return against("self_play", {POLICY: 1.0}, tau=tau)
+    return against("self_play", {POLICY: 1.0}, tau=tau, clip_range=clip_range)

@@ -37,7 +37,10 @@ FOUND = 1e-9  # last move of Newton's method, nats, where a fixed point was foun
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One algorithm on one game; gaps are duality gaps of the game at tau.
+    """One algorithm on one game.
+
+    Gaps are duality gaps of the game at tau, or without regularisation for an algorithm
+    that pursues its equilibrium.
 
     Attributes:
       algorithm: its name in the registry, and what is special about the run.
@@ -123,6 +126,8 @@ def duality_gap(
 ) -> float:
     """Returns max P_tau(pi' > pi) - min P_tau(pi > pi'): twice the regularised gap."""
     policy_N = policy_N / policy_N.sum()  # float32 sums to one only nearly
+    if tau == 0:
+        return 2 * solutions.exploitability(preference_NN, policy_N)
     return 2 * solutions.regularised_gap(preference_NN, reference_N, tau, policy_N)
 
 
@@ -164,17 +169,18 @@ def measure_algorithm(
         step=lab.settings.train_steps,
     )
     return [
-        _judge(lab, name, kind, policies_SKN, point)
+        _judge(lab, name, algorithm, kind, policies_SKN, point)
         for kind, policies_SKN, point in zip(
             lab.games, policies_GSKN, points, strict=True
         )
     ]
 
 
-def _judge(lab, name, kind, policies_SKN, point) -> Outcome:
+def _judge(lab, name, algorithm, kind, policies_SKN, point) -> Outcome:
     fixed_point_N, move = point
+    tau = lab.settings.tau if algorithm.is_regularised else 0.0
     gap = functools.partial(
-        duality_gap, lab.games[kind].preference_NN, lab.reference_N, lab.settings.tau
+        duality_gap, lab.games[kind].preference_NN, lab.reference_N, tau
     )
     return Outcome(
         algorithm=name,

@@ -25,6 +25,7 @@ from nlhf_jax.types import (
     Params,
     ParamSets,
     Responses,
+    Samples,
     Speaker,
 )
 
@@ -65,16 +66,22 @@ def expected_gradient(
     context = tabular.empty_prompts(drawn[0].tokens_BT.shape[0])
 
     def weighted_loss(params, constants):
-        log_weight_B = sum(
-            tabular.response_log_probs(model, constants, speaker, responses, step)
+        samples = tuple(
+            Samples(
+                responses,
+                {},
+                tabular.sampling_log_probs(model, constants, speaker, responses, step),
+            )
             for speaker, responses in zip(algorithm.speakers, drawn, strict=True)
         )
+        log_weight_B = sum(one.sampling_log_probs_BT.sum(axis=1) for one in samples)
         feedback = score(algorithm, judge, {}, context, drawn)
-        samples = scored_samples(model, algorithm, params, constants, context, drawn)
-        loss_B = algorithm.loss(samples, feedback).loss_B
+        scored = scored_samples(model, algorithm, params, constants, context, samples)
+        loss_B = algorithm.loss(scored, feedback).loss_B
         return jnp.sum(jnp.exp(log_weight_B) * loss_B)
 
-    return jax.jit(jax.grad(weighted_loss))(param_sets[POLICY], dict(param_sets))
+    trained = param_sets[algorithm.trains]
+    return jax.jit(jax.grad(weighted_loss))(trained, dict(param_sets))
 
 
 def _combinations(choices: Responses, speakers: int) -> tuple[Responses, ...]:
@@ -107,8 +114,8 @@ def fixed_points(
     Newton's method in float64 on F^+ g, the expected gradient g of the algorithm's loss
     measured by the Fisher matrix F, as a function of the policy: unlike g it does not
     fade towards policies that never say some response. The sets the algorithm derives
-    from the policy are the policy itself. Logits that have no say (a constant, rows of
-    no prefix) stay where they are.
+    from the policy, or looks ahead to, are the policy itself. Logits that have no say
+    (a constant, rows of no prefix) stay where they are.
 
     Args:
       model: a tabular model.
@@ -131,7 +138,8 @@ def fixed_points(
 
         def direction(flat_P, game):
             params = restore(flat_P)
-            sets = {name: params for name in (POLICY, *algorithm.derived_sets)}
+            derived = (*algorithm.derived_sets, *algorithm.lookaheads)
+            sets = {name: params for name in (POLICY, *derived)}
             judge = table_judge(model, *game)
             found = expected_gradient(
                 model, algorithm, judge, frozen | sets, length, step=step

@@ -27,6 +27,9 @@ GAMES_SEED, REFERENCE_SPREAD, REWARD_SPREAD, MARGIN = 9, 0.7, 0.7, 0.4
 ANNEALED = ", beta to 0"  # what marks a second run of an algorithm, its beta annealed
 
 
+COMMON = ("tau", "beta", "step_size", "decay")
+# Few speakers, so that all they may say together can be enumerated.
+SMALL = {"num_responses": 2, "num_comparators": 1}
 MOST_RECORDS = 50
 MOST_RESPONSES = 64  # fixed points are found by differences in every parameter at once
 
@@ -38,6 +41,8 @@ class ConvergenceSettings:
     Attributes:
       tau: strength of the KL to the reference, per nat, > 0.
       beta: weight of the reference in a mixed opponent, in [0, 1].
+      step_size: s of the algorithms that regress to a step of mirror descent, > 0.
+      decay: of the average of past policies, in [0, 1].
       train_steps: updates.
       batch_size: responses of each speaker per update.
       num_seeds: runs that differ in nothing but their samples, at least 2.
@@ -50,6 +55,8 @@ class ConvergenceSettings:
 
     tau: float = 0.1
     beta: float = 0.25
+    step_size: float = 4.0
+    decay: float = 0.9
     train_steps: int = 1500
     batch_size: int = 128
     num_seeds: int = 8
@@ -61,6 +68,8 @@ class ConvergenceSettings:
     def __post_init__(self):
         check_range("tau", self.tau, 0.0, low_open=True)
         check_range("beta", self.beta, 0.0, 1.0)
+        check_range("step_size", self.step_size, 0.0, 1.0 / self.tau, low_open=True)
+        check_range("decay", self.decay, 0.0, 1.0)
         check_integer("num_seeds", self.num_seeds, 2)
         check_range("learning_rate", self.learning_rate, 0.0, low_open=True)
         for name in ("train_steps", "batch_size"):
@@ -161,9 +170,10 @@ def algorithms(
 ) -> dict[str, Algorithm]:
     """Returns every registered algorithm, ready to train.
 
-    An algorithm gets those of `tau` and `beta` that it has, and what `extra` says of
-    it. One whose beta may be a schedule comes twice: with the fixed beta, and with one
-    that falls from there to 0 in the first half of the training.
+    An algorithm gets those of `tau`, `beta`, `step_size` and `decay` that it needs, as
+    few responses and comparators as it works with, and what `extra` says of it. One
+    whose beta may be a schedule comes twice: with the fixed beta, and with one that
+    falls from there to 0 in the first half of the training.
 
     Raises:
       UserError: an algorithm needs a parameter that nothing gives a value; `extra`
@@ -174,8 +184,11 @@ def algorithms(
     made = {}
     for name, factory in ALGORITHMS.items():
         parameters = inspect.signature(factory).parameters
-        common = {"tau": settings.tau, "beta": settings.beta}
-        values = {k: v for k, v in common.items() if k in parameters}
+        values = {
+            k: getattr(settings, k)
+            for k, parameter in parameters.items()
+            if k in COMMON and parameter.default is parameter.empty
+        } | {k: v for k, v in SMALL.items() if k in parameters}
         for parameter in extra.get(name, {}):
             check_choice(f"parameter of {name}", parameter, parameters)
         values |= dict(extra.get(name, {}))

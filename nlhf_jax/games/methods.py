@@ -72,7 +72,10 @@ def begin(game: Game, start_N: Float[Array, "N"]) -> Iterate:
 
 def payoff(game: Game, logits_N: Logits) -> Logits:
     """Returns P(y > opponent) for each y, against softmax(logits); docs/math.md (2)."""
-    return game.preference_NN @ jax.nn.softmax(logits_N)
+    share_N = jnp.exp(logits_N - logits_N.max())
+    # A product with ones is summed in parallel, and what is divided is what comes out:
+    # in small games a softmax would cost as much as the product with the matrix.
+    return (game.preference_NN @ share_N) / (jnp.ones_like(share_N) @ share_N)
 
 
 def blend(logits_N: Logits, magnet_N: Logits, weight: jax.Array | float) -> Logits:

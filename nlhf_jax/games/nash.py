@@ -76,7 +76,7 @@ def _extremes(margin_NN: np.ndarray) -> tuple[np.ndarray, Policy]:
 
 
 def _program(cost_N: np.ndarray, margin_NN: np.ndarray) -> np.ndarray:
-    """Returns the equilibrium of least cost, with fewer digits where tight ones fail."""
+    """Returns the equilibrium of least cost, to fewer digits where need be."""
     tight = {
         f"{side}_feasibility_tolerance": FEASIBILITY for side in ("primal", "dual")
     }

@@ -15,6 +15,8 @@ def convergence(
     *,
     tau: float = DEFAULTS.tau,
     beta: float = DEFAULTS.beta,
+    step_size: float = DEFAULTS.step_size,
+    decay: float = DEFAULTS.decay,
     train_steps: int = DEFAULTS.train_steps,
     batch_size: int = DEFAULTS.batch_size,
     num_seeds: int = DEFAULTS.num_seeds,
@@ -34,6 +36,9 @@ def convergence(
     Args:
       tau: strength of the KL to the reference, per nat, > 0.
       beta: weight of the reference in a mixed opponent, in [0, 1].
+      step_size: s of the algorithms that regress to a step of mirror descent, in
+        (0, 1 / tau].
+      decay: of the average of past policies, in [0, 1].
       train_steps: updates.
       batch_size: responses of each speaker per update.
       num_seeds: runs that differ in nothing but their samples, at least 2.
@@ -41,7 +46,7 @@ def convergence(
       length: tokens of every response.
       num_records: times at which the gap is recorded, for `json`; divides train_steps.
         0 is the largest divisor up to 50.
-      extra: algorithm -> parameter -> value, for parameters besides tau and beta.
+      extra: algorithm -> parameter -> value, for parameters besides those.
       seed: of sampling.
       json: print everything in full precision as JSON, instead of the table.
 
@@ -51,6 +56,8 @@ def convergence(
     settings = ConvergenceSettings(
         tau=tau,
         beta=beta,
+        step_size=step_size,
+        decay=decay,
         train_steps=train_steps,
         batch_size=batch_size,
         num_seeds=num_seeds,

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: pursue the equilibrium of the preference game from a reference."""
 
-from collections.abc import Callable
+import pathlib
 
 import jax
-import numpy as np
 
 from nlhf_jax import train_step
-from nlhf_jax.checks import UserError
+from nlhf_jax.checkpoints import save_params
+from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
-from nlhf_jax.jobs import folders, generation, judges, runs
+from nlhf_jax.jobs import folders, judges, runs
+from nlhf_jax.jobs.held_out import HeldOut
 from nlhf_jax.jobs.policies import Policy, load_policy
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
     MeshSettings,
     OptimizerSettings,
-    SamplingSettings,
 )
-from nlhf_jax.types import POLICY, REFERENCE, Algorithm, TrainState
+from nlhf_jax.types import REFERENCE, Algorithm, TrainState
 
 
 def train(
@@ -35,6 +35,9 @@ def train(
     max_decode_length: int = 0,
     seed: int = 0,
     num_eval_examples: int = 64,
+    num_gap_samples: int = 4,
+    num_updates_per_rollout: int = 1,
+    write_sets: tuple[str, ...] = (),
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
 ) -> None:
     """Trains a policy with one of the registered algorithms.
@@ -53,6 +56,12 @@ def train(
       max_decode_length: longest response in tokens; 0 is the reference's own.
       seed: of the prompts' order and of sampling.
       num_eval_examples: held-out prompts answered at each evaluation.
+      num_gap_samples: candidates, and as many opponents, that bound the duality gap
+        from below at each evaluation, at least 2; 0 leaves the bound out.
+      num_updates_per_rollout: optimiser steps on the same responses; at the later ones
+        policy gradients clip the probability ratio. One step of `loop` is one rollout.
+      write_sets: parameter sets besides the policy that are written as models of their
+        own when training ends, to MODEL_DIR/sets/NAME.
       mesh: how devices are laid out.
 
     Raises:
@@ -60,10 +69,15 @@ def train(
         that is not given, the data or the folder is unusable.
     """
     check_judges(algorithm, preference_checkpoint, reward_checkpoint)
+    check_integer("num_updates_per_rollout", num_updates_per_rollout, 1)
+    if check_integer("num_gap_samples", num_gap_samples) == 1:
+        raise UserError("num_gap_samples must be 0 or at least 2, got 1")
+    _check_sets(algorithm, write_sets)
     reference = load_policy(reference_checkpoint)
     judge = judges.load_judge(
-        preference_checkpoint=preference_checkpoint if algorithm.comparisons else "",
-        reward_checkpoint=reward_checkpoint if algorithm.ratings else "",
+        # Also where the algorithm asks for rewards only: held-out answers are compared.
+        preference_checkpoint=preference_checkpoint,
+        reward_checkpoint=reward_checkpoint if _asks_rewards(algorithm) else "",
     )
     prompts = data_batches.load_supervised(data, "train", reference.vocabulary)
     held_out = data_batches.load_supervised(data, "evaluation", reference.vocabulary)
@@ -71,7 +85,9 @@ def train(
         max_decode_length or reference.description.feature_lengths["targets"]
     )
     frozen = {REFERENCE: reference.params} | judge.frozen
-    transformation, rate = runs.optimizer_and_rate(optimizer, loop.train_steps)
+    transformation, rate = runs.optimizer_and_rate(
+        optimizer, loop.train_steps * num_updates_per_rollout
+    )
     network = reference.network
     step_fn = train_step.make_train_step(
         network,
@@ -80,6 +96,7 @@ def train(
         transformation,
         max_length=max_decode_length,
         num_microbatches=loop.num_microbatches,
+        num_updates_per_rollout=num_updates_per_rollout,
         learning_rate=rate,
     )
     start = runs.initial_params(
@@ -87,17 +104,18 @@ def train(
     )
     folder = runs.open_folder(model_dir)
     folders.describe(folder, reference.description, reference.vocabulary_path)
-    runs.run(
+    state = runs.run(
         runs.Training(
             algorithm.name,
             step_fn,
             frozen,
             lambda step: prompts.batch(seed, step, loop.batch_size).prompts,
-            _held_out_comparison(
+            HeldOut(
                 reference,
                 judge,
                 held_out,
                 num_prompts=num_eval_examples,
+                num_gap_samples=num_gap_samples,
                 max_decode_length=max_decode_length,
                 seed=seed,
             ),
@@ -110,61 +128,37 @@ def train(
         seed=seed,
         mesh=mesh,
     )
+    _write_sets(folder, write_sets, state, reference)
 
 
-def _held_out_comparison(
-    reference: Policy,
-    judge: judges.LoadedJudge,
-    data: data_batches.SupervisedData,
-    *,
-    num_prompts: int,
-    max_decode_length: int,
-    seed: int,
-) -> Callable[[TrainState], dict[str, float]]:
-    """Returns state -> win rate against the reference, KL and length, held out.
-
-    One sample per prompt and policy at temperature 1; the reference's samples are
-    drawn once.
-    """
-    rows = np.arange(min(num_prompts, data.num_examples))
-    prompts = data.take(rows).prompts
-    decode = generation.Generator(
-        reference.network,
-        reference.vocabulary,
-        speaker=generation.policy_speaker(SamplingSettings(max_decode_length)),
-        max_decode_length=max_decode_length,
-        batch_size=len(rows),
-    )
-    log_ratio = generation.LogRatio(reference.network, len(rows))
-    policy_key, reference_key = jax.random.split(jax.random.key(seed))
-    baseline = decode({POLICY: reference.params}, prompts, reference_key).responses
-
-    def compare(state: TrainState) -> dict[str, float]:
-        params = state.param_sets[POLICY]
-        responses = decode({POLICY: params}, prompts, policy_key).responses
-        param_sets = {POLICY: params, REFERENCE: reference.params}
-        ratio_B = log_ratio(param_sets, prompts, responses)
-        found = {
-            "eval/kl": float(np.mean(ratio_B)),
-            "eval/length": float(responses.mask_BT.sum(axis=1).mean()),
-        }
-        if "preference" in judge.frozen:
-            wins_B = judge.preferences(prompts, responses, baseline)
-            found["eval/win_rate_reference"] = float(np.mean(wins_B))
-        return found
-
-    return compare
+def _asks_rewards(algorithm: Algorithm) -> bool:
+    return any(part.ratings for part in algorithm.parts)
 
 
 def check_judges(algorithm: Algorithm, preference: str, reward: str) -> None:
     """Raises a UserError if the algorithm asks a judge for which no folder is named."""
-    if algorithm.comparisons and not preference:
+    if any(part.comparisons for part in algorithm.parts) and not preference:
         raise UserError(
             f"{algorithm.name} compares responses: PREFERENCE_CHECKPOINT must name a "
             "model folder, got ''"
         )
-    if algorithm.ratings and not reward:
+    if _asks_rewards(algorithm) and not reward:
         raise UserError(
             f"{algorithm.name} rates responses: REWARD_CHECKPOINT must name a model "
             "folder, got ''"
         )
+
+
+def _check_sets(algorithm: Algorithm, names: tuple[str, ...]) -> None:
+    for name in names:
+        check_choice(f"parameter set of {algorithm.name}", name, algorithm.derived_sets)
+
+
+def _write_sets(
+    folder: pathlib.Path, names: tuple[str, ...], state: TrainState, reference: Policy
+) -> None:
+    """Writes parameter sets as model folders of their own, MODEL_DIR/sets/NAME."""
+    for name in names:
+        target = folder / "sets" / name
+        folders.describe(target, reference.description, reference.vocabulary_path)
+        save_params(target, jax.device_get(state.param_sets[name]), "float32")

@@ -138,14 +138,14 @@ def index_of(model: LanguageModel, responses: Responses) -> Int[Array, "B"]:
     return jnp.asarray(places)[code_B]
 
 
-def response_log_probs(
+def sampling_log_probs(
     model: LanguageModel,
     param_sets: ParamSets,
     speaker: Speaker,
     responses: Responses,
     step: jax.Array | int = 0,
-) -> Float[Array, "B"]:
-    """Returns log p(response) under a speaker, nats, teacher-forced token by token.
+) -> Float[Array, "B T"]:
+    """Returns log p of each token under a speaker, nats, 0 where the mask is False.
 
     It is the distribution that `sample` draws from, mixed, tempered and truncated one
     token at a time, and differentiable by the parameters.
@@ -164,8 +164,19 @@ def response_log_probs(
         )
         for t in range(length)
     ]
-    log_probs_BT = token_log_probs(jnp.stack(mixed, axis=1), tokens_BT, mask_BT)
-    return sequence_log_probs(log_probs_BT, mask_BT)
+    return token_log_probs(jnp.stack(mixed, axis=1), tokens_BT, mask_BT)
+
+
+def response_log_probs(
+    model: LanguageModel,
+    param_sets: ParamSets,
+    speaker: Speaker,
+    responses: Responses,
+    step: jax.Array | int = 0,
+) -> Float[Array, "B"]:
+    """Returns log p(response), nats, the sum of `sampling_log_probs`."""
+    log_probs_BT = sampling_log_probs(model, param_sets, speaker, responses, step)
+    return sequence_log_probs(log_probs_BT, responses.mask_BT)
 
 
 def response_policy(
