@@ -177,9 +177,9 @@ def best_response_to_mixture(beta):
     return fixed_point
 
 
-def nash_at_tau(game, reward, reference):
+def nash_at_tau(game, reward, reference, tau=TAU):
     del reward
-    return solutions.regularised_nash(game, reference, TAU)
+    return solutions.regularised_nash(game, reference, tau)
 
 
 def gibbs(game, reward, reference, tau=TAU):

@@ -29,10 +29,10 @@ def sppo(*, step_size: float, num_responses: int = 5, period: int = 10) -> Algor
 
     and every `period` steps pi_t <- pi. The exact step is pi_{t+1}(y) proportional to
     pi_t(y) exp(s P(y > pi_t)), multiplicative weights without a reference, where log Z
-    is taken to be s / 2, right only to first order in s; counting the pair (i, i) shrinks
-    the lead by (K - 1) / K. The *average* of its policies approaches the equilibrium of
-    the unregularised game; the last one circles around it, outwards, where preferences
-    are cyclic.
+    is taken to be s / 2, right only to first order in s; counting the pair (i, i)
+    shrinks the lead by (K - 1) / K. The *average* of its policies approaches the
+    equilibrium of the unregularised game; the last one circles around it, outwards,
+    where preferences are cyclic.
 
     Args:
       step_size: s > 0, one over the `beta` of the authors' code (theirs is 1000).
