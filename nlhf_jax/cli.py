@@ -16,6 +16,13 @@ from nlhf_jax.jobs import COMMANDS, JOBS
 
 USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 2, 130, 143
 DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
+# Job -> scale -> its file; the first scale is the default.
+SCALES = {
+    "reproduce": {
+        "small": "configs/runs/reproduce_small.gin",
+        "paper": "configs/runs/reproduce_paper.gin",
+    }
+}
 
 
 class Arguments:
@@ -38,6 +45,8 @@ class Arguments:
         while words:
             self._take(job, words)
         self.files = self.files or DEFAULT_FILES.get(job, [])
+        if not self.files and job in SCALES:
+            self.files = [next(iter(SCALES[job].values()))]
 
     def _take(self, job: str, words: list[str]) -> None:
         word = words.pop(0)
@@ -52,7 +61,9 @@ class Arguments:
             return
         if not has_value:
             value = self._next_value(name, words)
-        if name == "gin_file":
+        if name == "scale" and job in SCALES:
+            self.files.append(SCALES[job][check_choice("scale", value, SCALES[job])])
+        elif name == "gin_file":
             self.files.append(value)
         elif name == "gin_search_paths":
             self.search_paths += value.split(",")
@@ -74,6 +85,7 @@ class Arguments:
         known = _hints(job)
         if name not in known:
             flags = ("gin_file", "gin_search_paths", "dry_run", "help", *known)
+            flags += ("scale",) * (job in SCALES)
             raise UserError(f"{job} has no flag --{name}{nearest(name, flags)}")
         is_text = known[name] is str
         self.overrides[f"{job}.{name}"] = repr(value) if is_text else value

@@ -103,8 +103,9 @@ def outcomes(name):
 RESTLESS = ("sppo", "onpo")
 # They pursue the equilibrium of the unregularised game, round by round.
 IN_ROUNDS = ("mpo", "comal")
-# XPO's bonus has no bound: some response is never said in the end.
-SETTLED = [n for n in RUNS if n not in (*RESTLESS, *IN_ROUNDS, "xpo")]
+# Where one response beats all others by far their logits grow for ever more slowly.
+LOGISTIC = ("online_dpo", "xpo")
+SETTLED = [n for n in RUNS if n not in (*RESTLESS, *IN_ROUNDS, *LOGISTIC)]
 
 
 @pytest.mark.parametrize("name", SETTLED)
@@ -140,32 +141,47 @@ def test_the_final_gap_is_that_of_the_fixed_point(name):
         assert outcome.gaps_SK.min() > -1e-6
 
 
+def test_online_dpo_nears_the_documented_end_of_rlhf():
+    outcome = outcomes("online_dpo")["bradley_terry"]
+    known = known_policy("online_dpo", "bradley_terry")
+    np.testing.assert_allclose(outcome.fixed_point_N, known, rtol=0, atol=1e-12)
+    # Two thousandths of the way are left after the last step.
+    off, start = (
+        np.abs(policy - known).sum()
+        for policy in (outcome.policies_SN.mean(axis=0), the_laboratory().reference_N)
+    )
+    assert off < 0.01 * start
+
+
 @pytest.mark.parametrize("name", IN_ROUNDS)
 def test_a_moving_magnet_leads_towards_the_unregularised_equilibrium(name):
     tau, lab = SETTINGS.tau, the_laboratory()
     for kind, outcome in outcomes(name).items():
         game = lab.games[kind].preference_NN
         at_tau = solutions.regularised_nash(game, lab.reference_N, tau)
-        # Closer than any policy tied to the reference at this tau, by four errors.
         tied = 2 * solutions.exploitability(game, at_tau)
         error = outcome.spread / math.sqrt(SETTINGS.num_seeds)
-        assert outcome.end + 4 * error < tied, (kind, outcome.end, tied)
+        assert outcome.end + 4 * error < 0.6 * outcome.start
+        # In a cycle the rounds are slow; elsewhere it is closer by now than any policy
+        # tied to the reference at this tau.
+        assert kind == "cyclic" or outcome.end + 4 * error < tied
 
 
 @pytest.mark.parametrize("name", RESTLESS)
-def test_the_average_of_unregularised_iterates_is_near_an_equilibrium(name):
+def test_the_average_of_unregularised_iterates_is_nearer_than_the_last(name):
     lab = the_laboratory()
     algorithm = laboratory.algorithms(SETTINGS, {})[name]
     policies_GSKN = convergence.train(lab, algorithm, jax.random.key(0))
     for kind, policies_SKN in zip(KINDS, policies_GSKN, strict=True):
         game = lab.games[kind].preference_NN
         gap = functools.partial(convergence.duality_gap, game, lab.reference_N, 0.0)
-        average = np.mean([gap(run.mean(axis=0)) for run in policies_SKN])
-        last = outcomes(name)[kind].end
         if kind == "bradley_terry":
-            assert last < 2e-3  # one response is best, and nothing goes in circles
-        else:
-            assert average < 0.25 * last
+            # One response is best, and nothing goes in circles.
+            assert outcomes(name)[kind].end < 2e-3
+            continue
+        lead_S = [gap(run[-1]) - gap(run.mean(axis=0)) for run in policies_SKN]
+        # Four standard errors of the mean over runs.
+        assert np.mean(lead_S) > 4 * np.std(lead_S, ddof=1) / math.sqrt(len(lead_S))
 
 
 @pytest.mark.parametrize("name", ["self_play", "nash_md_pg" + laboratory.ANNEALED])
@@ -253,8 +269,8 @@ def test_the_duality_gap_is_what_both_players_can_gain():
     assert max(value(one, policy) - value(policy, one) for one in others) <= known
 
 
-def newcomer(*, tau: float, decay: float):
-    del decay
+def newcomer(*, tau: float, power: float):
+    del power
     return ALGORITHMS["self_play"](tau=tau)
 
 
@@ -274,7 +290,7 @@ def test_every_registered_algorithm_is_run():
 
 def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
     two_only(monkeypatch, newcomer=newcomer)
-    with pytest.raises(UserError, match=r"newcomer needs a value of decay: --extra="):
+    with pytest.raises(UserError, match=r"newcomer needs a value of power: --extra="):
         laboratory.algorithms(FEW, {})
     # Where it ends in theory is the other tests' business.
     monkeypatch.setattr(
@@ -282,7 +298,7 @@ def test_a_new_algorithm_needs_no_change_of_the_command(monkeypatch):
         "fixed_points",
         lambda *_, **__: [(np.full(9, 1 / 9), 0.0)] * 3,
     )
-    found = convergence.measure(FEW, {"newcomer": {"decay": 0.9}})
+    found = convergence.measure(FEW, {"newcomer": {"power": 0.9}})
     assert [o.algorithm for o in found] == ["self_play"] * 3 + ["newcomer"] * 3
     # The same loss on the same samples.
     np.testing.assert_array_equal(found[0].gaps_SK, found[3].gaps_SK)

@@ -294,7 +294,7 @@ def test_a_preference_is_a_share_of_votes_near_the_populations():
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.jsonl"
-    collect.write_atomically(path, [{"a": 1}, {"b": "ü"}])
+    collect.write_lines(path, [{"a": 1}, {"b": "ü"}])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"a": 1},
         {"b": "ü"},
@@ -304,7 +304,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    collect.write_atomically(path, [{"a": 1}])
+    collect.write_lines(path, [{"a": 1}])
 
     def write_half(self, text):
         with open(self, "w") as file:
@@ -313,7 +313,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "write_text", write_half)
     with pytest.raises(OSError, match="No space"):
-        collect.write_atomically(path, [{"a": 2}, {"b": 3}])
+        collect.write_lines(path, [{"a": 2}, {"b": 3}])
     assert json.loads(path.read_text()) == {"a": 1}
 
 

@@ -8,7 +8,7 @@ from nlhf_jax.checks import UserError
 
 
 def gain_of_the_best(
-    preference_BNN: Float[np.ndarray, "B N N"],
+    preference_BNC: Float[np.ndarray, "B N C"],
 ) -> Float[np.ndarray, "B"]:
     """Returns what the best of N candidates wins against a policy, for each prompt.
 
@@ -23,23 +23,23 @@ def gain_of_the_best(
     regularisation. Judged by the opponents it was chosen with, it would be none.
 
     Args:
-      preference_BNN: P(candidate > opponent), candidates first; at least two opponents.
+      preference_BNC: P(candidate > opponent), candidates first; at least two opponents.
 
     Raises:
       UserError: fewer than two opponents.
 
     Source: own; docs/math.md (10), (56).
     """
-    num_opponents = preference_BNN.shape[2]
+    num_opponents = preference_BNC.shape[2]
     if num_opponents < 2:
         raise UserError(
             "num_gap_samples must be 0 or an integer of at least 2, got "
             f"{num_opponents}"
         )
     halves = np.array_split(np.arange(num_opponents), 2)
-    rows = np.arange(len(preference_BNN))
+    rows = np.arange(len(preference_BNC))
     gains = []
     for chosen_with, judged_by in (halves, halves[::-1]):
-        best_B = preference_BNN[:, :, chosen_with].mean(axis=2).argmax(axis=1)
-        gains.append(preference_BNN[rows, best_B][:, judged_by].mean(axis=1) - 0.5)
+        best_B = preference_BNC[:, :, chosen_with].mean(axis=2).argmax(axis=1)
+        gains.append(preference_BNC[rows, best_B][:, judged_by].mean(axis=1) - 0.5)
     return np.mean(gains, axis=0)

@@ -7,6 +7,7 @@
 
 JOBS = {
     "quickstart": "nlhf_jax.jobs.quickstart:quickstart",
+    "reproduce": "nlhf_jax.jobs.reproduce:reproduce",
     "sft": "nlhf_jax.jobs.supervised:sft",
     "collect": "nlhf_jax.jobs.collect:collect",
     "preference": "nlhf_jax.jobs.supervised:preference",

@@ -107,9 +107,9 @@ def collect(
             seed=seed,
         )
         comparisons = vote(found, raters, rng, pairs_per_prompt, votes_per_pair)
-        write_atomically(folder / name, comparisons)
+        write_lines(folder / name, comparisons)
     # The held-out candidates also say how cyclic the population is on this data.
-    write_atomically(folder / "cyclicity.json", [cycles_of(found, raters)])
+    write_lines(folder / "cyclicity.json", [cycles_of(found, raters)])
 
 
 def comparison_data(data: DataSettings, comparisons_dir: str) -> DataSettings:
@@ -235,8 +235,7 @@ def cycles_of(candidates: Candidates, raters: RaterPopulation) -> dict:
     return dataclasses.asdict(cyclicity.measure(matrices))
 
 
-def write_atomically(path: pathlib.Path, records: Sequence[dict]) -> None:
+def write_lines(path: pathlib.Path, records: Sequence[dict]) -> None:
     """Writes JSON lines; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    partial.replace(path)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    folders.write_atomically(path, text)

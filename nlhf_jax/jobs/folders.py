@@ -66,6 +66,13 @@ def describe(
     (model_dir / DESCRIPTION_FILE).write_text(description.to_json())
 
 
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def resolve(checkpoint: str | pathlib.Path) -> pathlib.Path:
     """Returns the path, of what ships with the package where there is none here.
 

@@ -106,11 +106,11 @@ class HeldOut:
         drawn = [self._answers(params, key) for key in keys]
         candidates = drawn[: self._num_gap_samples]
         opponents = drawn[self._num_gap_samples :]
-        preference_BNN = np.stack(
+        preference_BNC = np.stack(
             [
                 np.stack([self._preferences(y, z) for z in opponents], axis=-1)
                 for y in candidates
             ],
             axis=1,
         )
-        return gain_of_the_best(preference_BNN)
+        return gain_of_the_best(preference_BNC)

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline in one command: feedback, judges, policies, tournament, report."""
 
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.jobs import runs
-
-Stage = Callable[..., None]
+from nlhf_jax.jobs import runs, stages
+from nlhf_jax.jobs.stages import Stage
 
 
 def quickstart(
@@ -49,16 +46,17 @@ def quickstart(
     where = {name: str(folder / name) for name in ("sft", "preference", "reward")}
     feedback = str(folder / "comparisons")
     checkpoints = {name: str(folder / "policies" / name) for name in policies}
-    base = sft_from_scratch if from_scratch else sft
-    stages: dict[str, Callable[[], None]] = {
-        "SFT": lambda: base(model_dir=where["sft"]),
-        "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"]),
-    }
-    for kind, job in (("preference", preference), ("reward", reward)):
-        stages[f"{kind} model"] = _judge_stage(job, where[kind], where["sft"], feedback)
+    todo = stages.first_stages(
+        where,
+        feedback,
+        sft=sft_from_scratch if from_scratch else sft,
+        collect=collect,
+        preference=preference,
+        reward=reward,
+    )
     for name, job in policies.items():
-        stages[name] = _policy_stage(job, checkpoints[name], where)
-    stages["tournament"] = lambda: evaluate(
+        todo[name] = stages.policy_stage(job, checkpoints[name], where)
+    todo["tournament"] = lambda: evaluate(
         model_dir=str(folder),
         policies={"SFT": where["sft"]} | checkpoints,
         reference_checkpoint=where["sft"],
@@ -66,36 +64,5 @@ def quickstart(
         reward_checkpoint=where["reward"],
         comparisons_dir=feedback,
     )
-    _run_all(stages)
-    _say(f"report: {folder / 'report.html'}")
-
-
-def _judge_stage(job: Stage, model_dir: str, sft: str, feedback: str) -> Stage:
-    return lambda: job(
-        model_dir=model_dir,
-        initial_checkpoint_path=sft,
-        comparisons_dir=feedback,
-    )
-
-
-def _policy_stage(job: Stage, model_dir: str, where: Mapping[str, str]) -> Stage:
-    return lambda: job(
-        model_dir=model_dir,
-        reference_checkpoint=where["sft"],
-        preference_checkpoint=where["preference"],
-        reward_checkpoint=where["reward"],
-    )
-
-
-def _run_all(stages: Mapping[str, Callable[[], None]]) -> None:
-    start = time.monotonic()
-    for number, (name, stage) in enumerate(stages.items(), start=1):
-        _say(f"[{number}/{len(stages)}] {name}")
-        began = time.monotonic()
-        stage()
-        now = time.monotonic()
-        _say(f"    {name}: {now - began:.0f} s, {(now - start) / 60:.1f} min in all")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    stages.run_all(todo)
+    stages.say(f"report: {folder / 'report.html'}")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole pipelines as named stages, each a job that is skipped where it is complete."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+Stage = Callable[..., None]
+
+
+def first_stages(
+    where: Mapping[str, str],
+    feedback: str,
+    *,
+    sft: Stage,
+    collect: Stage,
+    preference: Stage,
+    reward: Stage,
+    judge_checkpoint: str = "",
+) -> dict[str, Callable[[], None]]:
+    """Returns SFT, votes and both judges, in the order they need each other.
+
+    Args:
+      where: "sft", "preference" and "reward" -> model folder.
+      feedback: folder of the comparisons.
+      sft: fine-tunes the reference policy.
+      collect: writes comparisons labelled by sampled votes.
+      preference: trains the preference model.
+      reward: trains the reward model.
+      judge_checkpoint: where the judges start; empty is the SFT policy.
+    """
+
+    def judge(job: Stage, kind: str) -> Callable[[], None]:
+        return lambda: job(
+            model_dir=where[kind],
+            initial_checkpoint_path=judge_checkpoint or where["sft"],
+            comparisons_dir=feedback,
+        )
+
+    return {
+        "SFT": lambda: sft(model_dir=where["sft"]),
+        "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"]),
+        "preference model": judge(preference, "preference"),
+        "reward model": judge(reward, "reward"),
+    }
+
+
+def policy_stage(
+    job: Stage, model_dir: str, where: Mapping[str, str]
+) -> Callable[[], None]:
+    """Returns the training of one policy against the judges in `where`."""
+    return lambda: job(
+        model_dir=model_dir,
+        reference_checkpoint=where["sft"],
+        preference_checkpoint=where["preference"],
+        reward_checkpoint=where["reward"],
+    )
+
+
+def run_all(stages: Mapping[str, Callable[[], None]]) -> None:
+    """Runs the stages in order and says how long each took."""
+    start = time.monotonic()
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        say(f"[{number}/{len(stages)}] {name}")
+        began = time.monotonic()
+        stage()
+        now = time.monotonic()
+        say(f"    {name}: {now - began:.0f} s, {(now - start) / 60:.1f} min in all")
+
+
+def say(line: str) -> None:
+    """Prints a line where the progress bars are."""
+    print(line, file=sys.stderr, flush=True)
