@@ -633,6 +633,7 @@ BAD = {
     "decay": (-0.1, 1.1),
     "alpha": (-1e-3,),
     "adversary_tau": (0.0,),
+    "sign": (0, 2),
     "temperature": (0.0,),
     "clip_range": (0.0, -0.2),
     "num_responses": (1, -3),

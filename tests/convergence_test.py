@@ -180,8 +180,8 @@ def test_the_average_of_unregularised_iterates_is_nearer_than_the_last(name):
             assert outcomes(name)[kind].end < 2e-3
             continue
         lead_S = [gap(run[-1]) - gap(run.mean(axis=0)) for run in policies_SKN]
-        # Four standard errors of the mean over runs.
-        assert np.mean(lead_S) > 4 * np.std(lead_S, ddof=1) / math.sqrt(len(lead_S))
+        # Three standard errors of the mean over runs.
+        assert np.mean(lead_S) > 3 * np.std(lead_S, ddof=1) / math.sqrt(len(lead_S))
 
 
 @pytest.mark.parametrize("name", ["self_play", "nash_md_pg" + laboratory.ANNEALED])

@@ -18,7 +18,7 @@ from nlhf_jax.algorithms.regressions import (
     proximal_anchor,
     with_comparators,
 )
-from nlhf_jax.checks import check_integer, check_range
+from nlhf_jax.checks import UserError, check_integer, check_range
 from nlhf_jax.parameter_sets import snapshots
 from nlhf_jax.types import (
     POLICY,
@@ -74,6 +74,7 @@ def enpo(
     step_size: float,
     alpha: float = 1e-3,
     adversary_tau: float = 0.05,
+    sign: int = 1,
     num_comparators: int = 4,
     num_proposals: int = 2,
     period: int = 10,
@@ -83,15 +84,16 @@ def enpo(
         A. y ~ pi_t, y' ~ q, z_1 .. z_n ~ pi_t, h as in `inpo`
            d = mean_k (P(y > z_k) - P(y' > z_k))
            descend  [(h - s d)^2 - alpha log pi(y)] / (4 s)
-        B. x_1 .. x_K ~ pi_t, r = log pi(x) - log pi_t(x), best and worst by r
+        B. x_1 .. x_K ~ pi_t, r = sign (log pi(x) - log pi_t(x)), best and worst by r
            q descends  -log sigma(b (log q/pi_t (best) - log q/pi_t (worst))) / (2 b)
 
     and every `period` steps pi_t <- pi. Step A's target has the right mean whoever
     proposes y', so the minimiser at alpha = 0 is the step of online mirror descent;
     alpha keeps pi near pi_t, E_{pi_t} -log pi being KL(pi_t, pi) up to a constant.
-    Step B lets the adversary propose what the policy has just moved towards; its exact
-    solution is q proportional to pi_t (pi / pi_t)^{1 / b}, of which K = 2 proposals
-    give a much weaker form. The fixed point is the Nash equilibrium at tau. The authors
+    Step B lets the adversary propose what the policy has just moved towards (sign 1, the
+    authors' code) or away from (-1; the square of the paper's theory has no sign). Its
+    exact solution is q proportional to pi_t (pi / pi_t)^{sign / b}, of which K = 2
+    proposals give a much weaker form. The fixed point is the Nash equilibrium at tau. The authors
     alternate A and B by whole rounds; here both take a step at a time.
 
     Args:
@@ -99,6 +101,7 @@ def enpo(
       step_size: s in (0, 1 / tau], one over the eta of the authors' code.
       alpha: weight of the pull to pi_t, >= 0.
       adversary_tau: b > 0, strength of the adversary's KL to pi_t, per nat.
+      sign: 1 or -1, what the adversary is drawn to.
       num_comparators: n >= 1, shared by both responses.
       num_proposals: K >= 2.
       period: steps with the same pi_t, >= 1.
@@ -109,6 +112,7 @@ def enpo(
     Source: Nan et al., 2026, arXiv 2606.01382; docs/math.md (52), (53), (54).
     """
     check_range("adversary_tau", adversary_tau, 0.0, low_open=True)
+    _check_sign(sign)
     check_integer("num_proposals", num_proposals, 2)
     follower = Algorithm(
         name="enpo_adversary",
@@ -117,7 +121,7 @@ def enpo(
         ratings=(),
         trained_on=tuple(range(num_proposals)),
         scored_under=(PREVIOUS, POLICY),
-        loss=_FollowTheMove(adversary_tau),
+        loss=_FollowTheMove(adversary_tau, sign),
         trains=ADVERSARY,
     )
     return _exploit(
@@ -139,12 +143,13 @@ def enpo_closed_form(
     step_size: float,
     alpha: float = 1e-3,
     adversary_tau: float = 0.5,
+    sign: int = 1,
     num_comparators: int = 4,
     period: int = 10,
 ) -> Algorithm:
     """Returns ENPO whose adversary is the closed form of step B, without training it.
 
-        y' ~ q_t,  log q_t = (1 / b) log pi_t + (1 - 1 / b) log pi_{t-1} + const
+        y' ~ q_t,  log q_t = log pi_{t-1} + (sign / b) (log pi_t - log pi_{t-1}) + const
 
     taken one token at a time, so it is the exact adversary for one-token responses, and
     costs one more parameter set in the decode loop and nothing else. The rest is
@@ -156,6 +161,7 @@ def enpo_closed_form(
       step_size: s in (0, 1 / tau].
       alpha: weight of the pull to pi_t, >= 0.
       adversary_tau: b > 0, strength of the adversary's KL to pi_{t-1}, per nat.
+      sign: 1 or -1, what the adversary is drawn to, as in `enpo`.
       num_comparators: n >= 1, shared by both responses.
       period: steps with the same pi_t, >= 1.
 
@@ -165,7 +171,8 @@ def enpo_closed_form(
     Source: Nan et al., 2026, arXiv 2606.01382; docs/math.md (28), (52), (54).
     """
     check_range("adversary_tau", adversary_tau, 0.0, low_open=True)
-    exponent = 1.0 / adversary_tau
+    _check_sign(sign)
+    exponent = sign / adversary_tau
     return _exploit(
         "enpo_closed_form",
         Speaker({PREVIOUS: exponent, OLDER: 1.0 - exponent}),
@@ -176,6 +183,11 @@ def enpo_closed_form(
         derived_sets=(PREVIOUS, OLDER),
         update_sets=snapshots({PREVIOUS: POLICY, OLDER: PREVIOUS}, period=period),
     )
+
+
+def _check_sign(sign: int) -> None:
+    if sign not in (1, -1):
+        raise UserError(f"sign must be 1 or -1, got {sign!r}")
 
 
 def _exploit(
@@ -206,9 +218,10 @@ def _exploit(
 
 @dataclasses.dataclass(frozen=True)
 class _FollowTheMove:
-    """Step B: what the policy has moved towards most is to be said more often."""
+    """Step B: what the policy has moved most is to be said more often, or less."""
 
     tau: float
+    sign: int
 
     def __call__(
         self, samples: tuple[ScoredSample, ...], feedback: Feedback
@@ -223,7 +236,7 @@ class _FollowTheMove:
                 for one in samples
             ]
         )
-        moved_KB = jax.lax.stop_gradient(moved_KB)
+        moved_KB = self.sign * jax.lax.stop_gradient(moved_KB)
         best_1B = moved_KB.argmax(axis=0, keepdims=True)
         worst_1B = moved_KB.argmin(axis=0, keepdims=True)
         lead_B = jnp.take_along_axis(ratio_KB, best_1B, axis=0)[0]
