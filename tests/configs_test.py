@@ -26,6 +26,9 @@ REQUIRED = {
     "MODEL_DIR": "somewhere",
     "REFERENCE_CHECKPOINT": "a/reference",
     "TRAIN_FILE": "a.jsonl",
+    "DATA_DIR": "a/folder",
+    "SFT_CHECKPOINT": "a/model",
+    "JUDGE_CHECKPOINT": "a/judge",
 }
 
 

@@ -90,11 +90,11 @@ def enpo(
     and every `period` steps pi_t <- pi. Step A's target has the right mean whoever
     proposes y', so the minimiser at alpha = 0 is the step of online mirror descent;
     alpha keeps pi near pi_t, E_{pi_t} -log pi being KL(pi_t, pi) up to a constant.
-    Step B lets the adversary propose what the policy has just moved towards (sign 1, the
-    authors' code) or away from (-1; the square of the paper's theory has no sign). Its
-    exact solution is q proportional to pi_t (pi / pi_t)^{sign / b}, of which K = 2
-    proposals give a much weaker form. The fixed point is the Nash equilibrium at tau. The authors
-    alternate A and B by whole rounds; here both take a step at a time.
+    Step B lets the adversary propose what the policy has just moved towards (sign 1,
+    the authors' code) or away from (-1; the square of the paper's theory has no sign).
+    Its exact solution is q proportional to pi_t (pi / pi_t)^{sign / b}, of which K = 2
+    proposals give a much weaker form. The fixed point is the Nash equilibrium at tau.
+    The authors alternate A and B by whole rounds; here both take a step at a time.
 
     Args:
       tau: strength of the KL to the reference, per nat, >= 0.

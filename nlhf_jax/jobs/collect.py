@@ -13,7 +13,7 @@ import numpy as np
 from nlhf_jax.checks import UserError, check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.evaluation import cyclicity
-from nlhf_jax.jobs import generation, runs
+from nlhf_jax.jobs import folders, generation, runs
 from nlhf_jax.jobs.policies import Policy, load_policy
 from nlhf_jax.preferences.raters import RaterPopulation
 from nlhf_jax.progress import Progress

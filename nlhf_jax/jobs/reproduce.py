@@ -17,11 +17,11 @@ def reproduce(
     *,
     model_dir: str,
     sft: Stage,
-    collect: Stage,
     preference: Stage,
     reward: Stage,
     policies: Mapping[str, Stage],
     evaluate: Stage,
+    collect: Stage | None = None,
     averages: Mapping[str, tuple[str, str]] | None = None,
     sweeps: Mapping[str, Mapping[str, Stage | str]] | None = None,
     evaluate_sweep: Stage | None = None,
@@ -40,11 +40,12 @@ def reproduce(
     Args:
       model_dir: folder of the whole run.
       sft: fine-tunes the reference policy.
-      collect: writes comparisons labelled by sampled votes.
       preference: trains the preference model.
       reward: trains the reward model.
       policies: name in the paper's tables -> training job.
       evaluate: plays a tournament and writes a report.
+      collect: writes comparisons labelled by sampled votes; None where the data of the
+        judges are comparisons.
       averages: name in the tables -> (policy, parameter set it has written), the
         paper's EMA1* and EMA2*.
       sweeps: title -> value -> training job, or the name of a policy that has it.
@@ -86,7 +87,7 @@ def reproduce(
         folder,
         places,
         reward_checkpoint=where["reward"],
-        comparisons_dir=feedback,
+        comparisons_dir=feedback if collect else "",
         **judged_by,
     )
     for title, values in sweeps.items():

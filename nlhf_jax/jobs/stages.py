@@ -13,7 +13,7 @@ def first_stages(
     feedback: str,
     *,
     sft: Stage,
-    collect: Stage,
+    collect: Stage | None,
     preference: Stage,
     reward: Stage,
     judge_checkpoint: str = "",
@@ -22,9 +22,10 @@ def first_stages(
 
     Args:
       where: "sft", "preference" and "reward" -> model folder.
-      feedback: folder of the comparisons.
+      feedback: folder of the comparisons that `collect` writes.
       sft: fine-tunes the reference policy.
-      collect: writes comparisons labelled by sampled votes.
+      collect: writes comparisons labelled by sampled votes; None where the judges'
+        own data holds comparisons.
       preference: trains the preference model.
       reward: trains the reward model.
       judge_checkpoint: where the judges start; empty is the SFT policy.
@@ -34,15 +35,20 @@ def first_stages(
         return lambda: job(
             model_dir=where[kind],
             initial_checkpoint_path=judge_checkpoint or where["sft"],
-            comparisons_dir=feedback,
+            comparisons_dir=feedback if collect else "",
         )
 
-    return {
-        "SFT": lambda: sft(model_dir=where["sft"]),
-        "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"]),
-        "preference model": judge(preference, "preference"),
-        "reward model": judge(reward, "reward"),
+    votes = {
+        "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"])
     }
+    return (
+        {"SFT": lambda: sft(model_dir=where["sft"])}
+        | (votes if collect else {})
+        | {
+            "preference model": judge(preference, "preference"),
+            "reward model": judge(reward, "reward"),
+        }
+    )
 
 
 def policy_stage(
