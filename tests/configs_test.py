@@ -159,5 +159,6 @@ def test_every_job_but_the_readers_has_a_run():
         "collect",
         "convergence",
         "evaluate",
+        "exploration",
         "sample",
     }

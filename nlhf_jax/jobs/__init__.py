@@ -15,6 +15,7 @@ JOBS = {
     "train": "nlhf_jax.jobs.train:train",
     "evaluate": "nlhf_jax.jobs.evaluate:evaluate",
     "sample": "nlhf_jax.jobs.sample:sample",
+    "exploration": "nlhf_jax.jobs.exploration:exploration",
     "convergence": "nlhf_jax.jobs.convergence:convergence",
 }
 
