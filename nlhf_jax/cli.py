@@ -128,6 +128,7 @@ def _main(words: list[str]) -> int:
         print(f"nlhf_jax {__version__}")
         return 0
     if words[0] in COMMANDS:
+        _enable_compilation_cache()
         module, function = COMMANDS[words[0]].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
     job = check_choice("job", words[0], (*JOBS, *COMMANDS))

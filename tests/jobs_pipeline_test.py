@@ -165,13 +165,10 @@ def run_train(data, policy, preference_model, reward_model):
             "preference_checkpoint": str(preference_model),
             "reward_checkpoint": str(reward_model),
             "num_eval_examples": 4,
+            "num_gap_samples": 2,
+            "algorithm": ALGORITHMS[name],
         }
-        train(
-            model_dir=str(folder),
-            algorithm=ALGORITHMS[name],
-            loop=loop or steps(2),
-            **(fields | changes),
-        )
+        train(model_dir=str(folder), loop=loop or steps(2), **(fields | changes))
         return folder
 
     return run
@@ -250,9 +247,58 @@ def test_every_algorithm_trains_and_is_evaluated(work, run_train, name):
     assert rows[-1]["step"] == 2
     found = set().union(*rows)
     assert {"eval/kl", "eval/length", "decode/steps", "compile/count"} <= found
-    assert ("eval/win_rate_reference" in found) == (name != "reward_pg")
+    assert {"eval/win_rate_reference", "eval/duality_gap", "eval/eos_rate"} <= found
     assert max(row.get("compile/count", 0) for row in rows) == 1
     assert folders.kind_of(folder) == "language_model"
+
+
+def test_a_player_beside_the_policy_is_trained_saved_and_resumed(work, run_train):
+    enpo = algorithms.enpo(tau=0.1, step_size=4.0, num_comparators=1, period=2)
+    more = {"algorithm": enpo, "num_gap_samples": 0}
+    whole = run_train(work / "enpo", loop=steps(3), **more)
+    again = work / "enpo_resumed"
+    run_train(again, loop=steps(1), **more)
+    run_train(again, loop=steps(3), **more)
+    assert_same_params(whole, again)
+    assert all(np.isfinite(row["adversary/kl"]) for row in read_rows(again)[1:4])
+
+
+def test_sets_and_updates_of_a_run_are_the_users_choice(work, run_train, policy):
+    ema = algorithms.nash_ema_pg(tau=0.1, decay=0.5)
+    more = {"algorithm": ema, "write_sets": ("average",), "num_gap_samples": 2}
+    loop = steps(2, eval_period=1)
+    folder = run_train(work / "ema", loop=loop, num_updates_per_rollout=2, **more)
+    average = folder / "sets" / "average"
+    assert folders.kind_of(average) == "language_model"
+    one, other, start = (
+        checkpoints.load_params(f)["decoder"]["decoder_norm"]["scale"]
+        for f in (average, folder, policy)
+    )
+    assert 0 < abs(one - start).max() < abs(other - start).max()
+    evaluations = [row for row in read_rows(folder) if "eval/duality_gap" in row]
+    assert [row["step"] for row in evaluations] == [1, 2]
+    # The first has no answers of an earlier evaluation to compare with.
+    assert ["eval/win_rate_last" in row for row in evaluations] == [False, True]
+    assert all(0 <= row["eval/duality_gap_error"] < 0.5 for row in evaluations)
+    assert all(
+        0 < row["policy/effective_share"] <= 1 + 1e-6
+        for row in read_rows(folder)
+        if "policy/effective_share" in row
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"num_gap_samples": 1}, "num_gap_samples must be 0 or at least 2, got 1"),
+        ({"num_updates_per_rollout": 0}, "num_updates_per_rollout must be an integer"),
+        ({"write_sets": ("averag",)}, "parameter set of nash_md_pg must be one of"),
+    ],
+)
+def test_settings_of_a_run_are_checked_first(work, run_train, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run_train(work / "never", **changes)
+    assert not (work / "never").exists()
 
 
 def test_the_report_names_every_policy(

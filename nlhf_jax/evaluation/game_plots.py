@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from nlhf_jax.evaluation.plots import COLOURS, GREY, INK, STYLE
 
+LINE_STYLES = ("-", "-.", (0, (5, 1)), ":")
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
 SMALLEST = 1e-16  # below it a gap is rounding
 
@@ -55,7 +56,14 @@ def _draw_curves(axis, title, unit, curves, bounds) -> None:
     for index, (name, value_T) in enumerate(curves.items()):
         step_T = np.arange(1, len(value_T) + 1)
         colour = COLOURS[index % len(COLOURS)]
-        axis.loglog(step_T, np.maximum(value_T, SMALLEST), color=colour, label=name)
+        # Curves that lie on each other show through each other's gaps.
+        axis.loglog(
+            step_T,
+            np.maximum(value_T, SMALLEST),
+            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+            color=colour,
+            label=name,
+        )
     for name, value_T in bounds.items():
         step_T = np.arange(1, len(value_T) + 1)
         axis.loglog(step_T, value_T, "--", color=GREY, linewidth=1)
