@@ -88,6 +88,8 @@ def measure(
       UserError: an argument out of range.
     """
     check_range("rarity", rarity, 0.0, 1.0, low_open=True, high_open=True)
+    for tau in taus:
+        check_range("tau", tau, 0.0, low_open=True)
     game = np.array(PREFERENCE)
     reference_N = np.array([2 * (1 - rarity) / 3, (1 - rarity) / 3, rarity])
     curves = []
