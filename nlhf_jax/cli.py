@@ -139,6 +139,8 @@ def _main(words: list[str]) -> int:
     if arguments.help:
         print(inspect.getdoc(gin_bindings.job_function(job)))
         print(f"\nFlags: {', '.join(f'--{name}' for name in _hints(job))}")
+        if job in SCALES:
+            print(f"--scale: {' or '.join(SCALES[job])}, in place of --gin_file")
         return 0
     gin_bindings.load(job, arguments.files, arguments.overrides, arguments.search_paths)
     if arguments.dry_run:

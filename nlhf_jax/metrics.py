@@ -71,7 +71,8 @@ _POLICY = {
         "nats",
         -INFINITY,
         INFINITY,
-        "mean log-ratio to the reference of whole sampled responses; an unbiased "
+        "mean log-ratio to the reference of the responses trained on; where they are "
+        "the policy's own (not a snapshot's, mixture's or adversary's) an unbiased "
         "estimate of the sequence-level KL, so it can be negative",
     ),
     "policy/entropy": Metric(
@@ -147,8 +148,7 @@ _EVALUATION = {
         "share",
         0,
         1,
-        "mean learned preference over the answers of the evaluation before, in this "
-        "process",
+        "mean learned preference over the answers given at the evaluation before",
     ),
     "eval/duality_gap": Metric(
         "-",

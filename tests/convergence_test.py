@@ -153,6 +153,13 @@ def test_online_dpo_nears_the_documented_end_of_rlhf():
     assert off < 0.01 * start
 
 
+def test_xpo_ends_where_its_gradient_vanishes():
+    found = {k: o for k, o in outcomes("xpo").items() if not math.isnan(o.theory)}
+    assert "cyclic" in found
+    for outcome in found.values():
+        assert abs(outcome.end - outcome.theory) < 4 * outcome.spread
+
+
 @pytest.mark.parametrize("name", IN_ROUNDS)
 def test_a_moving_magnet_leads_towards_the_unregularised_equilibrium(name):
     tau, lab = SETTINGS.tau, the_laboratory()
@@ -315,10 +322,15 @@ def figures(cell):
 def test_the_readme_shows_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     printed = text[text.index("| algorithm | cyclic") :].partition("\n\n")[0]
-    head, _, reference, *rows = [
-        line.strip("| ").split(" | ") for line in printed.splitlines()
-    ]
-    assert head == ["algorithm", *KINDS] and reference[0] == "the reference"
+    head, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines()]
+    assert head == ["algorithm", *KINDS]
+    starts = {}
+    for name in ("self_play", "sppo"):
+        (label, *cells), *rows = rows
+        starts[label] = [float(cell) for cell in cells]
+        known = [outcomes(name)[kind].start for kind in KINDS]
+        np.testing.assert_allclose(starts[label], known, rtol=0, atol=6e-6)
+    assert list(starts) == ["the reference", "the reference, no regularisation"]
     assert [row[0] for row in rows] == RUNS
     for name, *cells in rows:
         for kind, cell in zip(KINDS, cells, strict=True):

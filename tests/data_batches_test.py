@@ -417,7 +417,9 @@ def test_tasks_and_splits_that_are_not_there(tmp_path, byte_vocabulary):
     jsonl.write_rows(path, [{"prompt": "p", "target": "t"}])
     settings = DataSettings("jsonl", LENGTHS, train_file=path)
     message = _error(load, settings, "evaluation", byte_vocabulary)
-    assert message.endswith("'evaluation': set evaluation_file or group_field")
+    assert message.endswith(
+        "'evaluation': set evaluation_file, or group_field to 'prompt'"
+    )
 
 
 def test_registered_tasks_and_mixtures_of_the_user_are_found(byte_vocabulary):

@@ -77,7 +77,8 @@ def test_the_command_prints_every_method(tmp_path, capsys):
         ("--rarity=1.0", "rarity must be in (0.0, 1.0), got 1.0"),
         ("--num_seeds=1", "num_seeds must be an integer of at least 2, got 1"),
         ("--train_steps=0", "train_steps must be an integer of at least 1, got 0"),
-        ("--plot=no/such/folder.png", "must be a file in a folder that exists"),
+        ("--plot=no/such/folder.png", "plot: there is no folder 'no/such'"),
+        ("--plot=x.xyz", "plot must be a file that ends in .png, got 'x.xyz'"),
     ],
 )
 def test_mistakes_are_one_sentence(flag, complaint, capsys):

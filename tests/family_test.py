@@ -280,6 +280,34 @@ def test_the_adversary_learns_beside_the_policy_with_moments_of_its_own():
     assert int(state.opt_states["adversary"][0].count) == 60
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_adversarys_expected_gradient_is_its_formula(sign, float64):
+    # Two proposals from pi_t: the one the policy has moved to further is the best.
+    after, b = np.array([0.5, 0.38, 0.12]), 0.3
+    algorithm = ALGORITHMS["enpo"](tau=TAU, step_size=STEP, adversary_tau=b, sign=sign)
+    (follower,) = algorithm.followers
+    adversary = np.array([0.2, 0.5, 0.3])
+    sets = sets_at(adversary=adversary) | {POLICY: logits_of(after)}
+    judge = table_judge(MODEL, matrices.skew(), np.zeros(3))
+    found = exact.expected_gradient(MODEL, follower, judge, sets, 1)["table"][0, 0]
+    moved = sign * np.log(after / START)
+
+    def value(logits):
+        ratio = jax.nn.log_softmax(logits) - np.log(START)
+        total = 0.0
+        for i in range(3):
+            for j in range(3):
+                if i != j:
+                    best, worst = (i, j) if moved[i] > moved[j] else (j, i)
+                    lead = b * (ratio[best] - ratio[worst])
+                    total += START[i] * START[j] * jax.nn.log_sigmoid(lead)
+        return -total / (2 * b)
+
+    known = jax.grad(value)(jnp.log(adversary))
+    np.testing.assert_allclose(found, known, rtol=0, atol=EXACT)
+    assert np.abs(known).max() > 0.01
+
+
 def test_the_adversary_has_nothing_to_follow_where_the_policy_has_not_moved():
     algorithm = ALGORITHMS["enpo"](tau=TAU, step_size=STEP)
     (follower,) = algorithm.followers

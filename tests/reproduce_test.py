@@ -131,12 +131,17 @@ def test_killed_twice_it_ends_in_the_same_tables(whole, work, monkeypatch):  # n
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_what_is_complete_is_not_played_again(whole, monkeypatch):
+def test_what_is_complete_is_not_played_again(whole, capsys):
     arguments, folder = whole
-    played = []
-    monkeypatch.setitem(arguments, "evaluate", lambda **more: played.append(more))
+    before = (folder / "report.html").stat().st_mtime_ns
     reproduce(model_dir=str(folder), **arguments)
-    assert played == []
+    assert capsys.readouterr().err.count("tournament: played already") == 2
+    assert (folder / "report.html").stat().st_mtime_ns == before
+    # Another number of prompts is another tournament.
+    other = functools.partial(arguments["evaluate"], num_prompts=3)
+    reproduce(model_dir=str(folder), **arguments | {"evaluate": other})
+    assert capsys.readouterr().err.count("tournament: played already") == 1
+    assert (folder / "report.html").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(

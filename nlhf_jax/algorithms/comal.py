@@ -23,9 +23,9 @@ def comal(
 
     Each outer round looks for the Nash equilibrium regularised at tau to the magnet,
     the last round's policy: a proximal point method, whose policies converge to an
-    equilibrium of the game **without** regularisation. The reference is where it
-    starts, and nothing else holds it there. The rounds must be long enough for `inpo`
-    to come close to their equilibria.
+    equilibrium of the game **without** regularisation. It starts where the
+    policy does, and nothing else holds it there. The rounds must be long enough for
+    `inpo` to come close to their equilibria.
 
     Args:
       tau: strength of the KL to the magnet, per nat, > 0; large values make short,

@@ -19,8 +19,8 @@ def mpo(
         every `magnet_period` steps  magnet <- pi
 
     Between two refreshments it pursues the Nash equilibrium regularised to the magnet;
-    with them, an equilibrium of the game **without** regularisation. The reference is
-    where it starts, and nothing else holds it there.
+    with them, an equilibrium of the game **without** regularisation. It starts
+    where the policy does, and nothing else holds it there.
 
     Args:
       tau: strength of the KL to the magnet, per nat, > 0 or the last iterate cycles.

@@ -22,8 +22,8 @@ def nash_ema_pg(
     decay theta_0 where its text says recursive; with theta_0 the opponent would hardly
     leave the first policy.
 
-    The average is kept in the state as the parameter set `average` and written as a
-    model of its own beside the last iterate: the paper's EMA*.
+    The average is kept in the state as the parameter set `average`; `train.write_sets`
+    names it to have it written as a model beside the last iterate: the paper's EMA*.
 
     Args:
       tau: strength of the KL to the reference, per nat, >= 0.

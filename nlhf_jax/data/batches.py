@@ -248,7 +248,9 @@ def _read_examples(
     name = settings.mixture_or_task_name
     if split not in task.splits:
         remedy = f": set {split}_file" if name == "jsonl" else ""
-        remedy += " or group_field" if remedy and split == "evaluation" else ""
+        remedy += (
+            ", or group_field to 'prompt'" if remedy and split == "evaluation" else ""
+        )
         raise UserError(f"task {name!r} has no split {split!r}{remedy}")
     examples = _examples_of(task, split)
     if not examples:

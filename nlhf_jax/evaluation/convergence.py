@@ -32,6 +32,8 @@ from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE, Algorithm
 
+# By whether gaps are those of the game at tau.
+REFERENCE_ROWS = {True: "the reference", False: "the reference, no regularisation"}
 FOUND = 1e-9  # last move of Newton's method, nats, where a fixed point was found
 
 
@@ -51,6 +53,7 @@ class Outcome:
       policies_SN: each seed's policy at the end.
       theory: gap of the algorithm's own fixed point; NaN where none was found.
       fixed_point_N: that policy.
+      is_regularised: whether the gaps are those of the game at tau.
     """
 
     algorithm: str
@@ -61,6 +64,7 @@ class Outcome:
     policies_SN: Float[np.ndarray, "S N"]
     theory: float
     fixed_point_N: Float[np.ndarray, "N"]
+    is_regularised: bool
 
     @property
     def end(self) -> float:
@@ -193,6 +197,7 @@ def _judge(lab, name, algorithm, kind, policies_SKN, point) -> Outcome:
         policies_SN=policies_SKN[:, -1],
         theory=gap(fixed_point_N) if move < FOUND else math.nan,
         fixed_point_N=fixed_point_N,
+        is_regularised=algorithm.is_regularised,
     )
 
 
@@ -203,10 +208,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     algorithm's own fixed point).
     """
     kinds = list(dict.fromkeys(outcome.game for outcome in outcomes))
-    lines: dict[str, list[str]] = {"the reference": []}
+    lines: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if len(lines["the reference"]) < len(kinds):
-            lines["the reference"].append(_figure(outcome.start))
+        where = REFERENCE_ROWS[outcome.is_regularised]
+        if len(lines.setdefault(where, [])) < len(kinds):
+            lines[where].append(_figure(outcome.start))
+    for outcome in outcomes:
         error = outcome.spread / math.sqrt(len(outcome.policies_SN))
         cell = f"{outcome.end:.5f} ± {error:.5f} ({_figure(outcome.theory)})"
         lines.setdefault(outcome.algorithm, []).append(cell)

@@ -16,7 +16,7 @@ from nlhf_jax.games import published
 # What a tournament calls its judges -> the paper's table of the same role.
 JUDGES = {
     "population": (
-        "Table 1: a judge that training has not seen",
+        "Table 1: another judge (here the raters, on held-out prompts)",
         published.munos_palm,
     ),
     "preference_model": (

@@ -43,8 +43,11 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
     largest = np.abs(margin_NN).max()
     # Equilibria do not depend on the scale of the margins, the programs' digits do.
     margin_NN = margin_NN / largest if largest else margin_NN
-    bound_N2, centre_N = _extremes(margin_NN)
+    bound_N2 = _opposite_ends(margin_NN)
     is_unique = bool(np.ptp(bound_N2, axis=1).max() <= SAME_WEIGHT)
+    centre_N = bound_N2.mean(axis=1)
+    if not is_unique:
+        bound_N2, centre_N = _extremes(margin_NN)
     solve = _unique if is_unique else _most_entropy
     for least in SUPPORTS:
         policy_N = solve(margin_NN, np.flatnonzero(bound_N2[:, 1] > least))
@@ -56,6 +59,16 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
 def nash(preference_NN: Matrix) -> Policy:
     """Returns the policy of `solve_nash`."""
     return solve_nash(preference_NN).policy_N
+
+
+def _opposite_ends(margin_NN: np.ndarray) -> np.ndarray:
+    """Returns the equilibria of least and largest random cost, [N, 2].
+
+    They are the same one if and only if there is no other, for almost every cost.
+    """
+    cost_N = np.random.default_rng(0).normal(size=len(margin_NN))
+    ends = [_program(sign * cost_N, margin_NN) for sign in (1.0, -1.0)]
+    return np.maximum(np.stack(ends, axis=1), 0.0)
 
 
 def _extremes(margin_NN: np.ndarray) -> tuple[np.ndarray, Policy]:

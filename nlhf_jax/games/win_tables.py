@@ -59,7 +59,8 @@ def load_table(
         met and `fill` is "".
     """
     check_choice("cells", cells, ("preference", "wins"))
-    check_choice("fill", fill, ("", *FILLS))
+    if fill:
+        check_choice("fill", fill, FILLS)
     names, value_NN, is_wins = _read(path)
     if totals:
         other_names, total_NN, _ = _read(totals)
@@ -71,6 +72,8 @@ def load_table(
         value_NN = _share(path, names, value_NN, total_NN)
     elif is_wins or cells == "wins":
         value_NN = _share(path, names, value_NN, value_NN + value_NN.T)
+    if cells == "preference" and not (totals or is_wins):
+        _check_diagonal(path, names, value_NN)
     np.fill_diagonal(value_NN, 0.5)
     _check_cells(path, names, value_NN)
     preference_NN = _mirrored(path, names, value_NN)
@@ -86,6 +89,16 @@ def load_table(
     if len(missing):
         preference_NN = FILLS[fill](preference_NN)
     return WinTable(names, check_preference_matrix(preference_NN))
+
+
+def _check_diagonal(path, names, value_NN: np.ndarray) -> None:
+    """Raises a UserError where a player's own cell says neither nothing nor 1/2."""
+    own_N = np.diagonal(value_NN)
+    for name, value in zip(names, own_N, strict=True):
+        if not (np.isnan(value) or value == 0.5):
+            raise UserError(
+                f"{path}: P({name} beats {name}) must be 0.5 or empty, got {value:g}"
+            )
 
 
 def _half(preference_NN: np.ndarray) -> np.ndarray:

@@ -4,7 +4,9 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from nlhf_jax.progress import Progress
 from nlhf_jax.sequences import has_eos
 from nlhf_jax.settings import DataSettings, SamplingSettings
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Responses
+
+PLAYED = "tournament/played.json"  # written last: what a finished tournament was given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,8 @@ def evaluate(
 ) -> None:
     """Plays a round-robin tournament on held-out prompts and writes `report.html`.
 
-    Every policy answers every prompt once. Each pair of policies is judged by the
+    A tournament that has been played with the same settings between the same
+    parameters is not played again. Every policy answers every prompt once. Each pair of policies is judged by the
     learned preference model and by the held-out population of raters.
 
     Args:
@@ -96,6 +101,10 @@ def evaluate(
     for name, value in (("num_prompts", num_prompts), ("batch_size", batch_size)):
         check_integer(name, value, 1)
     _check_policies(policies, (*((baseline,) if baseline else ()), *rlhf, *nash))
+    given = _what_is_given(locals())
+    if _is_played(pathlib.Path(model_dir), given):
+        print(f"tournament: played already, {model_dir}", file=sys.stderr)
+        return
     reference = load_policy(reference_checkpoint)
     judge = judges.load_judge(preference_checkpoint=preference_checkpoint)
     asked = _choose_prompts(data, reference, num_prompts, seed)
@@ -145,6 +154,27 @@ def evaluate(
         versions=runs.versions(),
     )
     _write(folder, page, asked, answers)
+    folders.write_atomically(folder / PLAYED, given)
+
+
+def _what_is_given(arguments: Mapping[str, Any]) -> str:
+    """Returns all that decides a tournament as text: settings, and whose parameters."""
+    places = {
+        name: folders.newest_state(arguments[name])
+        for name in ("reference_checkpoint", "preference_checkpoint")
+    }
+    players = arguments["policies"].items()
+    policies = {name: folders.newest_state(place) for name, place in players}
+    settings = {
+        name: repr(value) for name, value in arguments.items() if name != "model_dir"
+    }
+    return json.dumps(settings | places | {"policies": policies}, indent=2) + "\n"
+
+
+def _is_played(folder: pathlib.Path, given: str) -> bool:
+    played = folder / PLAYED
+    is_there = played.is_file() and (folder / "report.html").is_file()
+    return is_there and played.read_text(encoding="utf-8") == given
 
 
 def _check_policies(policies: Mapping[str, str], named: tuple[str, ...]) -> None:

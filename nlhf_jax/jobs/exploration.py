@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exploration job: regret where the best response is hardly ever said."""
 
-import pathlib
-
 from nlhf_jax.checks import LARGEST_SEED, UserError, check_integer, check_range
 from nlhf_jax.evaluation import exploration as measured
 from nlhf_jax.evaluation.plots import save_png
+from nlhf_jax.jobs import folders
 
 
 def exploration(
@@ -39,8 +38,7 @@ def exploration(
     if not taus:
         raise UserError("taus must name at least one tau, got ()")
     check_integer("train_steps", train_steps, 1)
-    if plot and not pathlib.Path(plot).expanduser().absolute().parent.is_dir():
-        raise UserError(f"plot {plot!r} must be a file in a folder that exists")
+    target = folders.plot_path(plot) if plot else None
     curves = measured.measure(
         taus,
         rarity=rarity,
@@ -49,5 +47,5 @@ def exploration(
         seed=int(check_range("seed", seed, 0, LARGEST_SEED)),
     )
     print(measured.table(curves))
-    if plot:
-        save_png(measured.figure(curves), pathlib.Path(plot).expanduser())
+    if target:
+        save_png(measured.figure(curves), target)

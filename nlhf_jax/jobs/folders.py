@@ -73,6 +73,23 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
+def plot_path(text: str) -> pathlib.Path:
+    """Returns where a figure goes, to be asked before anything long has begun.
+
+    Raises:
+      UserError: the path is a folder, has no `.png` at its end, or lies in no folder.
+    """
+    try:
+        target = pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"plot: there is no home folder for {text!r}") from None
+    if target.suffix.lower() != ".png" or target.is_dir():
+        raise UserError(f"plot must be a file that ends in .png, got {text!r}")
+    if not target.parent.is_dir():
+        raise UserError(f"plot: there is no folder {str(target.parent)!r}")
+    return target
+
+
 def resolve(checkpoint: str | pathlib.Path) -> pathlib.Path:
     """Returns the path, of what ships with the package where there is none here.
 
@@ -81,6 +98,22 @@ def resolve(checkpoint: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(checkpoint).expanduser()
     shipped = PACKAGE.parent / path
     return shipped if not path.exists() and shipped.exists() else path
+
+
+def newest_state(checkpoint: str | pathlib.Path) -> list[str | int]:
+    """Returns which parameters a path leads to: the newest file of state and its time.
+
+    What `train.write_sets` wrote is as new as the run it belongs to.
+
+    Raises:
+      UserError: as `find_model_dir`.
+    """
+    folder = find_model_dir(checkpoint)
+    run = folder.parent.parent if folder.parent.name == "sets" else folder
+    steps = [f for f in (run / "checkpoints").glob("*") if f.name.isdecimal()]
+    files = steps or [*run.glob("**/*.safetensors")]
+    newest = max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    return [str(newest), newest.stat().st_mtime_ns]
 
 
 def find_model_dir(checkpoint: str | pathlib.Path) -> pathlib.Path:

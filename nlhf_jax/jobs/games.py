@@ -11,7 +11,6 @@ GAME is a name (`nlhf games list`) or a file of win rates, .csv or .json.
 import argparse
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from nlhf_jax.games import cycles, rankings, solutions
 from nlhf_jax.games.catalogue import NAMED, find_game
 from nlhf_jax.games.nash import solve_nash
 from nlhf_jax.games.win_tables import FILLS, WinTable
+from nlhf_jax.jobs import folders
 
 DEFAULT_TAU, LARGEST_TAU = 0.1, 1e6
 MOST_NUMBERS = 10**8  # policies of all steps are kept
@@ -168,7 +168,7 @@ def compare(table: WinTable, options: argparse.Namespace) -> Answer:
     check_range("steps", num_steps, 1, MOST_NUMBERS // len(table.names))
     methods = [name.strip() for name in options.methods.split(",")]
     recipes = {name: find_method(name) for name in methods}
-    target = _plot_path(options.plot) if options.plot else None
+    target = folders.plot_path(options.plot) if options.plot else None
     reference_N = read_reference(options.reference, table.names)
     nash_N = solutions.regularised_nash(table.preference_NN, reference_N, tau)
     with jax.enable_x64(True):
@@ -244,19 +244,6 @@ def _run(table, method, reference_N, tau, nash_N, options) -> Run:
     with np.errstate(divide="ignore"):
         divergence_T = [solutions.kl(nash_N, policy_N) for policy_N in path_TN]
     return Run(path_TN, np.array(gap_T), np.array(divergence_T))
-
-
-def _plot_path(text: str) -> pathlib.Path:
-    """Returns where the figure goes, before anything long has begun."""
-    try:
-        target = pathlib.Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"plot: there is no home folder for {text!r}") from None
-    if target.suffix.lower() != ".png" or target.is_dir():
-        raise UserError(f"plot must be a file that ends in .png, got {text!r}")
-    if not target.parent.is_dir():
-        raise UserError(f"plot: there is no folder {str(target.parent)!r}")
-    return target
 
 
 def _plot(target, table: WinTable, runs: dict[str, Run], bounds, nash_N) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy is worth on held-out prompts while it trains."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,14 @@ from nlhf_jax.jobs import generation, judges
 from nlhf_jax.jobs.policies import Policy
 from nlhf_jax.sequences import has_eos
 from nlhf_jax.settings import SamplingSettings
-from nlhf_jax.types import POLICY, REFERENCE, Params, TrainState
+from nlhf_jax.types import POLICY, REFERENCE, Params, Responses, TrainState
 
 
 class HeldOut:
     """Answers the same prompts at each evaluation and compares the answers.
 
-    Everything is sampled at temperature 1. The reference answers once, with its own
-    key; the policy's key is the same at each evaluation.
+    Everything is sampled at temperature 1, independently at each step. Answers are kept
+    in a folder, so that a resumed run compares with what it had answered before.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class HeldOut:
         num_gap_samples: int,
         max_decode_length: int,
         seed: int,
+        folder: pathlib.Path,
     ):
         """Draws the reference's answers.
 
@@ -43,6 +46,7 @@ class HeldOut:
             duality gap; 0 leaves it out.
           max_decode_length: longest response in tokens.
           seed: of sampling.
+          folder: where the answers are kept, STEP.npz; made when the first are.
         """
         rows = np.arange(min(num_prompts, data.num_examples))
         self._prompts = data.take(rows).prompts
@@ -58,7 +62,7 @@ class HeldOut:
         self._log_ratio = generation.LogRatio(reference.network, len(rows))
         self._policy_key, reference_key = jax.random.split(jax.random.key(seed))
         self._by_reference = self._answers(reference.params, reference_key)
-        self._last = None
+        self._folder = folder
 
     def _answers(self, params: Params, key: jax.Array):
         return self._decode({POLICY: params}, self._prompts, key).responses
@@ -68,8 +72,9 @@ class HeldOut:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the metrics of the policy in `state`."""
-        params = state.param_sets[POLICY]
-        responses = self._answers(params, self._policy_key)
+        params, step = state.param_sets[POLICY], int(state.step)
+        key = jax.random.fold_in(self._policy_key, step)
+        responses = self._answers(params, key)
         param_sets = {POLICY: params, REFERENCE: self._reference.params}
         ratio_B = self._log_ratio(param_sets, self._prompts, responses)
         ended_B = has_eos(
@@ -81,28 +86,38 @@ class HeldOut:
             "eval/eos_rate": float(np.asarray(ended_B).mean()),
         }
         if "preference" in self._judge.frozen:
-            found |= self._judged(params, responses)
-        self._last = responses
+            found |= self._judged(params, responses, self._before(step), key)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self._folder / f"{step}.npz", **responses._asdict())
         return found
 
-    def _judged(self, params: Params, responses) -> dict[str, float]:
+    def _before(self, step: int) -> Responses | None:
+        """Returns what was answered at the last evaluation before `step`."""
+        kept = [int(f.stem) for f in self._folder.glob("*.npz") if f.stem.isdecimal()]
+        earlier = [one for one in kept if one < step]
+        if not earlier:
+            return None
+        with np.load(self._folder / f"{max(earlier)}.npz") as answers:
+            return Responses(answers["tokens_BT"], answers["mask_BT"])
+
+    def _judged(
+        self, params: Params, responses, before: Responses | None, key: jax.Array
+    ) -> dict[str, float]:
         wins_B = self._preferences(responses, self._by_reference)
         found = {"eval/win_rate_reference": float(np.mean(wins_B))}
-        if self._last is not None:
-            wins_B = self._preferences(responses, self._last)
+        if before is not None:
+            wins_B = self._preferences(responses, before)
             found["eval/win_rate_last"] = float(np.mean(wins_B))
         if self._num_gap_samples:
-            gain_B = self._gain(params)
-            error = gain_B.std(ddof=1) / np.sqrt(len(gain_B))
+            gain_B = self._gain(params, jax.random.fold_in(key, 1))
+            error = gain_B.std(ddof=1) / np.sqrt(len(gain_B)) if len(gain_B) > 1 else 0
             found["eval/duality_gap"] = 2 * float(gain_B.mean())
             found["eval/duality_gap_error"] = 2 * float(error)
         return found
 
-    def _gain(self, params: Params) -> np.ndarray:
+    def _gain(self, params: Params, key: jax.Array) -> np.ndarray:
         """Returns what the best of n samples wins against the policy, by prompt."""
-        keys = jax.random.split(
-            jax.random.fold_in(self._policy_key, 1), 2 * self._num_gap_samples
-        )
+        keys = jax.random.split(key, 2 * self._num_gap_samples)
         drawn = [self._answers(params, key) for key in keys]
         candidates = drawn[: self._num_gap_samples]
         opponents = drawn[self._num_gap_samples :]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's experiment: fourteen policies, two judges, its tables beside ours."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -30,9 +31,10 @@ def reproduce(
     """Trains the paper's fourteen policies, plays its tournament and sweeps.
 
     The policies start from one SFT checkpoint and learn from one preference model (RLHF
-    from a reward model on the same votes). All are compared in pairs by a judge that
-    training has not seen and by the preference model: `reproduction.md` has both tables
-    with intervals beside the paper's numbers, and a table per sweep.
+    from a reward model on the same votes). All are compared in pairs by the population
+    of raters, on prompts that training has not seen, and by the preference model:
+    `reproduction.md` has both tables with intervals beside the paper's numbers, and a
+    table per sweep.
 
     Every stage is a job with its settings bound. A stage that is complete is not run
     again, so the same command continues an interrupted run and ends in the same tables.
@@ -82,20 +84,20 @@ def reproduce(
         "reference_checkpoint": where["sft"],
         "preference_checkpoint": where["preference"],
     }
-    todo["tournament"] = _unless_played(
+    todo["tournament"] = functools.partial(
         evaluate,
-        folder,
-        places,
+        model_dir=str(folder),
+        policies=places,
         reward_checkpoint=where["reward"],
         comparisons_dir=feedback if collect else "",
         **judged_by,
     )
     for title, values in sweeps.items():
         todo |= _sweep_stages(title, values, folder, places, where)
-        todo[f"{title}: tournament"] = _unless_played(
+        todo[f"{title}: tournament"] = functools.partial(
             evaluate_sweep,
-            folder / "sweeps" / title,
-            _sweep_places(title, values, folder, places),
+            model_dir=str(folder / "sweeps" / title),
+            policies=_sweep_places(title, values, folder, places),
             **judged_by,
         )
     labels = {title: list(values) for title, values in sweeps.items()}
@@ -135,31 +137,6 @@ def _sweep_stages(title, values, folder, places, where) -> dict[str, Callable]:
         for label, value in values.items()
         if not isinstance(value, str)
     }
-
-
-def _unless_played(
-    job: Stage, folder: pathlib.Path, places: Mapping[str, str], **more: str
-) -> Callable[[], None]:
-    """Returns a tournament that is not played again between the same checkpoints."""
-    played = folder / "tournament" / "played.json"
-
-    def run() -> None:
-        players = {name: _newest_step(place) for name, place in places.items()}
-        if played.is_file() and json.loads(played.read_text()) == players:
-            return
-        job(model_dir=str(folder), policies=dict(places), **more)
-        folders.write_atomically(played, json.dumps(players, indent=2) + "\n")
-
-    return run
-
-
-def _newest_step(place: str) -> list[int]:
-    """Returns the newest step of a run and when it was written, of a set its run's."""
-    folder = pathlib.Path(place)
-    run = folder.parent.parent if folder.parent.name == "sets" else folder
-    steps = [f for f in (run / "checkpoints").iterdir() if f.name.isdecimal()]
-    newest = max(steps, key=lambda step: int(step.name))
-    return [int(newest.name), newest.stat().st_mtime_ns]
 
 
 def write_tables(folder: pathlib.Path, sweeps: Mapping[str, list[str]]) -> None:

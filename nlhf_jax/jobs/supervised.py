@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from nlhf_jax import supervised_step
+from nlhf_jax.checks import check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data import vocabularies
 from nlhf_jax.evaluation import summaries
@@ -64,6 +65,7 @@ def sft(
     lengths = dict(data.task_feature_lengths)
     description = folders.ModelDescription("language_model", model, lengths)
     network = t5_language_model(model)
+    check_integer("num_eval_examples", num_eval_examples, 1)
     rows = np.arange(min(num_eval_examples, held_out.num_examples))
     loss = _mean_over(
         supervised_step.make_sft_evaluation(network), held_out, rows, loop.batch_size
@@ -198,6 +200,7 @@ def _train_judge(
         kind, settings, dict(data.task_feature_lengths)
     )
     network = build(description, vocabulary)
+    check_integer("num_eval_examples", num_eval_examples, 1)
     rows = np.arange(min(num_eval_examples, held_out.num_examples))
     loss = _mean_over(make_evaluation(network), held_out, rows, loop.batch_size)
     _run_supervised(

@@ -69,6 +69,7 @@ def train(
         that is not given, the data or the folder is unusable.
     """
     check_judges(algorithm, preference_checkpoint, reward_checkpoint)
+    check_integer("num_eval_examples", num_eval_examples, 1)
     check_integer("num_updates_per_rollout", num_updates_per_rollout, 1)
     if check_integer("num_gap_samples", num_gap_samples) == 1:
         raise UserError("num_gap_samples must be 0 or at least 2, got 1")
@@ -118,6 +119,7 @@ def train(
                 num_gap_samples=num_gap_samples,
                 max_decode_length=max_decode_length,
                 seed=seed,
+                folder=folder / "samples" / "held_out",
             ),
             {"data/truncated_prompts": prompts.num_truncated_prompts},
             network.logical_axes,
