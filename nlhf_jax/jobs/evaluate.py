@@ -72,9 +72,10 @@ def evaluate(
 ) -> None:
     """Plays a round-robin tournament on held-out prompts and writes `report.html`.
 
-    A tournament that has been played with the same settings between the same
-    parameters is not played again. Every policy answers every prompt once. Each pair of policies is judged by the
-    learned preference model and by the held-out population of raters.
+    Every policy answers every prompt once. Each pair of policies is judged by the
+    learned preference model and by the held-out population of raters. A tournament that
+    has been played with the same settings between the same parameters is not played
+    again.
 
     Args:
       model_dir: folder for `tournament/`, `samples/` and `report.html`.

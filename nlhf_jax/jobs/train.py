@@ -69,11 +69,8 @@ def train(
         that is not given, the data or the folder is unusable.
     """
     check_judges(algorithm, preference_checkpoint, reward_checkpoint)
-    check_integer("num_eval_examples", num_eval_examples, 1)
-    check_integer("num_updates_per_rollout", num_updates_per_rollout, 1)
-    if check_integer("num_gap_samples", num_gap_samples) == 1:
-        raise UserError("num_gap_samples must be 0 or at least 2, got 1")
     _check_sets(algorithm, write_sets)
+    _check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
     reference = load_policy(reference_checkpoint)
     judge = judges.load_judge(
         # Also where the algorithm asks for rewards only: held-out answers are compared.
@@ -149,6 +146,15 @@ def check_judges(algorithm: Algorithm, preference: str, reward: str) -> None:
             f"{algorithm.name} rates responses: REWARD_CHECKPOINT must name a model "
             "folder, got ''"
         )
+
+
+def _check_counts(
+    num_eval_examples: int, num_updates_per_rollout: int, num_gap_samples: int
+) -> None:
+    check_integer("num_eval_examples", num_eval_examples, 1)
+    check_integer("num_updates_per_rollout", num_updates_per_rollout, 1)
+    if check_integer("num_gap_samples", num_gap_samples) == 1:
+        raise UserError("num_gap_samples must be 0 or at least 2, got 1")
 
 
 def _check_sets(algorithm: Algorithm, names: tuple[str, ...]) -> None:
