@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 def stages_of(data):
-    """Returns the job's arguments: three trained policies, an average and a sweep."""
+    """Returns the job's arguments: two trained policies, an average and a sweep."""
     common = {"data": data, "optimizer": ADAM}
     policy = functools.partial(
         train,
@@ -51,7 +51,6 @@ def stages_of(data):
         "preference": functools.partial(preference, **judge),
         "reward": functools.partial(reward, **judge),
         "policies": {
-            "RLHF": functools.partial(policy, algorithm=algorithms.reward_pg(tau=0.1)),
             "MD1": functools.partial(
                 policy, algorithm=algorithms.nash_md_pg(tau=0.1, beta=0.125)
             ),
@@ -86,7 +85,7 @@ def whole(work):  # noqa: F811
 def test_it_writes_both_tables_and_the_sweep(whole):
     _, folder = whole
     text = (folder / "reproduction.md").read_text()
-    assert text.count("| row \\ column | SFT | RLHF | MD1 | EMA1 | EMA1* |") == 2
+    assert text.count("| row \\ column | SFT | MD1 | EMA1 | EMA1* |") == 2
     assert "## tau" in text and "| 0.5 |" in text
     found = json.loads((folder / "reproduction.json").read_text())
     assert set(found) == {"population", "preference_model"}
@@ -118,9 +117,9 @@ def killed_at(monkeypatch, count):
 def test_killed_twice_it_ends_in_the_same_tables(whole, work, monkeypatch):  # noqa: F811
     arguments, folder = whole
     again = work / "again"
-    # Saves: SFT 1, judges 1 each, then one per step of each policy. The first kill is
-    # in the middle of MD1, the second in the middle of the sweep.
-    for count in (8, 8):
+    # Saves: SFT and judges one each, then one per step of each policy. The first kill is
+    # in the middle of MD1, the second in the middle of EMA1.
+    for count in (5, 4):
         with monkeypatch.context() as patch:
             killed_at(patch, count)
             with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests.algorithms_test import Row, each_algorithm
+from tests.algorithms_test import Row, each_name
 
 LENGTH, VOCAB = 2, 3
 SIZE = VOCAB**LENGTH
@@ -39,7 +39,7 @@ def setting(row, *, game=None, num_microbatches=1, optimizer=None, seed=0):
     return step, train_step.init_state(params, algorithm, optimizer), frozen
 
 
-@each_algorithm
+@each_name
 def test_it_compiles_once_and_depends_on_key_and_step_only(row):
     step, state, frozen = setting(row)
     compiled, prompts = jax.jit(step), tabular.empty_prompts(8)
@@ -56,7 +56,7 @@ def test_it_compiles_once_and_depends_on_key_and_step_only(row):
     assert table.dtype == state.param_sets[POLICY]["table"].dtype
 
 
-@each_algorithm
+@each_name
 def test_microbatches_give_the_gradient_of_the_whole(row, float64):
     results = []
     for parts in (1, 4):
@@ -70,7 +70,7 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
         np.testing.assert_allclose(value, cut_metrics[name], rtol=1e-6, err_msg=name)
 
 
-@each_algorithm
+@each_name
 def test_frozen_weights_are_arguments_of_the_compiled_step(row):
     step, state, frozen = setting(row)
     closed = jax.make_jaxpr(step)(
