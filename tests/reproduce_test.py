@@ -117,8 +117,8 @@ def killed_at(monkeypatch, count):
 def test_killed_twice_it_ends_in_the_same_tables(whole, work, monkeypatch):  # noqa: F811
     arguments, folder = whole
     again = work / "again"
-    # Saves: SFT and judges one each, then one per step of each policy. The first kill is
-    # in the middle of MD1, the second in the middle of EMA1.
+    # Saves: SFT and judges one each, then one per step of each policy. The first kill
+    # is in the middle of MD1, the second in the middle of EMA1.
     for count in (5, 4):
         with monkeypatch.context() as patch:
             killed_at(patch, count)
