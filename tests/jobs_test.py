@@ -72,7 +72,7 @@ def work(tmp_path_factory):
         include = f"include 'configs/runs/{run}.gin'\n"
         (folder / f"{run}.gin").write_text(include + TINY + RUN + files)
     for name in ("nash_md_pg", "reward_pg"):
-        include = f"include 'configs/runs/{name}.gin'\n"
+        include = f"include 'configs/algorithms/{name}.gin'\n"
         files = (
             f"TRAIN_FILE = '{folder}/sft_train.jsonl'\n"
             f"EVALUATION_FILE = '{folder}/sft_evaluation.jsonl'\n"

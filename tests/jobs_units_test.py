@@ -306,8 +306,8 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     collect.write_lines(path, [{"a": 1}])
 
-    def write_half(self, text):
-        with open(self, "w") as file:
+    def write_half(self, text, encoding):
+        with open(self, "w", encoding=encoding) as file:
             file.write(text[: len(text) // 2])
         raise OSError("No space left on device")
 

@@ -13,7 +13,15 @@ from nlhf_jax import partitioning, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.settings import MeshSettings, T5Settings
-from nlhf_jax.types import POLICY, REFERENCE, Feedback, Judge, PromptBatch, Responses
+from nlhf_jax.types import (
+    POLICY,
+    REFERENCE,
+    Feedback,
+    Judge,
+    PromptBatch,
+    Responses,
+    Samples,
+)
 
 STEPS, BATCH, PROMPT, LENGTH = 2, 16, 5, 6
 SETTINGS = T5Settings(64, 8, 2, 4, 16, 1, 1)
@@ -111,7 +119,11 @@ def collectives_of_the_gradient():
     mesh = partitioning.make_mesh(MeshSettings())
     params = jax.eval_shape(model.init, jax.random.key(0))
     whole, rows = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
-    said = Responses(np.ones((BATCH, LENGTH), np.int32), np.ones((BATCH, LENGTH), bool))
+    said = Samples(
+        Responses(np.ones((BATCH, LENGTH), np.int32), np.ones((BATCH, LENGTH), bool)),
+        {},
+        np.zeros((BATCH, LENGTH), np.float32),
+    )
     examples = (prompts(0), (said, said), Feedback((np.zeros(BATCH, np.float32),), ()))
 
     def compute(params, reference, examples):
