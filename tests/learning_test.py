@@ -65,7 +65,7 @@ def test_sampled_gradients_average_to_the_exact_one(row):
         )
         responses = tuple(samples.responses for samples in drawn.samples)
         feedback = train_step.score(algorithm, judge, {}, prompts, responses)
-        examples = (prompts, responses, feedback)
+        examples = (prompts, drawn.samples, feedback)
         return train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
 
     keys = jax.random.split(jax.random.key(0), 400)
@@ -190,11 +190,11 @@ def test_metrics_are_within_their_standard_error_of_the_truth():
 def test_what_follows_the_end_has_no_gradient():
     model, sets = ending_model(), ending_sets()
     algorithm, prompts = ALGORITHMS["self_play"](tau=TAU), tabular.empty_prompts(512)
-    _, responses = draw(algorithm, sets, prompts, seed=2)
+    drawn, responses = draw(algorithm, sets, prompts, seed=2)
     rng = np.random.default_rng(0)
     judge = table_judge(model, matrices.random_game(rng, 15), rng.normal(size=15))
     feedback = train_step.score(algorithm, judge, {}, prompts, responses)
-    examples = (prompts, responses, feedback)
+    examples = (prompts, drawn.samples, feedback)
     table = train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
     table = np.asarray(table["table"])
     # Rows of prefixes: after "2"; after "00" to "22", those with a 2 at either place.
