@@ -57,7 +57,9 @@ def test_sampled_gradients_average_to_the_exact_one(row):
     rng = np.random.default_rng(3)
     game, reward = matrices.random_game(rng, 15), rng.normal(size=15)
     judge, prompts = table_judge(model, game, reward), tabular.empty_prompts(256)
-    algorithm = ALGORITHMS[row.name](**row.settings)
+    algorithm = row.make()
+    followed = (*algorithm.derived_sets, *algorithm.lookaheads)
+    sets = dict(sets) | dict.fromkeys(followed, sets[REFERENCE])
 
     def one(key):
         drawn = train_step.rollout(
@@ -206,7 +208,7 @@ def test_what_follows_the_end_has_no_gradient():
     assert (np.abs(table[1, :END]).max(axis=1) > 0).all()
 
 
-@each_algorithm
+@without_bonus
 def test_the_first_step_starts_at_divergence_zero_exactly(row):
     model, sets = ending_model(), ending_sets()
     algorithm, optimizer = ALGORITHMS[row.name](**row.settings), optax.sgd(0.1)
@@ -221,7 +223,12 @@ def test_the_first_step_starts_at_divergence_zero_exactly(row):
     )
     assert float(metrics["policy/kl"]) == 0.0
     # Ties and no divergence: no sample moves anything.
-    assert float(metrics["optimizer/gradient_norm"]) == 0.0
-    np.testing.assert_array_equal(
-        after.param_sets[POLICY]["table"], sets[REFERENCE]["table"]
+    # Only the weights of an anchor, which add to one in decimals, round.
+    rounding = 1e-7 if algorithm.derived_sets else 0.0
+    assert float(metrics["optimizer/gradient_norm"]) <= rounding
+    np.testing.assert_allclose(
+        after.param_sets[POLICY]["table"],
+        sets[REFERENCE]["table"],
+        rtol=0,
+        atol=rounding,
     )
