@@ -15,7 +15,7 @@ from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests.algorithms_test import SKEWED, TAU, each_algorithm
+from tests.algorithms_test import SKEWED, TAU, each_algorithm, without_bonus
 
 REWARD = np.array([0.06, -0.02, 0.04])
 STEPS, BATCH = 1500, 512
