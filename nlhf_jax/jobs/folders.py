@@ -106,12 +106,14 @@ def newest_state(checkpoint: str | pathlib.Path) -> list[str | int]:
     What `train.write_sets` wrote is as new as the run it belongs to.
 
     Raises:
-      UserError: as `find_model_dir`.
+      UserError: as `find_model_dir`, or the folder holds no parameters.
     """
     folder = find_model_dir(checkpoint)
     run = folder.parent.parent if folder.parent.name == "sets" else folder
     steps = [f for f in (run / "checkpoints").glob("*") if f.name.isdecimal()]
     files = steps or [*run.glob("**/*.safetensors")]
+    if not files:
+        raise UserError(f"{str(checkpoint)!r} holds no checkpoint")
     newest = max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
     return [str(newest), newest.stat().st_mtime_ns]
 
