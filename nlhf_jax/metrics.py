@@ -85,6 +85,12 @@ _POLICY = {
         "effective sample size over the number of samples, E[w]^2 / E[w^2] with w the "
         "policy's probability of a trained response over that it was drawn with",
     ),
+    "comal/inner_gap": Metric(
+        "win probability",
+        0,
+        INFINITY,
+        "estimated gap of the last snapshot in the round's own game, to second order",
+    ),
     "adversary/kl": Metric(
         "nats",
         -INFINITY,

@@ -157,8 +157,9 @@ class DataSettings:
     """Which texts a job reads and how they become tokens.
 
     Attributes:
-      mixture_or_task_name: "docstrings", "docstrings_pretraining", "debian", "tldr",
-        "jsonl", or a seqio task or mixture the user has registered.
+      mixture_or_task_name: "docstrings", "docstrings_pretraining", "debian",
+        "debian_or_docstrings" (the second where there is no apt), "tldr", "jsonl", or a
+        seqio task or mixture the user has registered.
       task_feature_lengths: {"inputs": S, "targets": T}, the longest prompt and response
         in tokens, the end token included.
       vocabulary_path: a SentencePiece model; "byte" for the byte vocabulary; "" for the

@@ -281,13 +281,14 @@ def train_step(
         )
         responses = tuple(one.responses for one in drawn.samples)
         feedback = score(part, judge, frozen, prompts, responses)
+        samples, feedback = part.select(drawn.samples, feedback)
         state, metrics = update(
             model,
             part,
             optimizer,
             state,
             constants,
-            (prompts, drawn.samples, feedback),
+            (prompts, samples, feedback),
             num_microbatches=num_microbatches,
             num_updates=num_updates_per_rollout,
         )
@@ -304,7 +305,7 @@ def train_step(
     for part in algorithm.followers:
         state, its_metrics = learn(part, state, constants)
         metrics = its_metrics | metrics  # what both measure is the policy's
-    sets = algorithm.update_sets(state.param_sets, state.step + 1)
+    sets = algorithm.update_sets(state.param_sets, state.step + 1, metrics)
     return TrainState(state.step + 1, dict(sets), state.opt_states), metrics
 
 

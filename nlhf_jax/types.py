@@ -225,8 +225,20 @@ class LossOutput(NamedTuple):
 LossFn = Callable[[tuple[ScoredSample, ...], Feedback], LossOutput]
 
 
-def _keep_param_sets(param_sets: ParamSets, step: jax.Array) -> ParamSets:
-    del step
+Select = Callable[[tuple[Samples, ...], Feedback], tuple[tuple[Samples, ...], Feedback]]
+UpdateSets = Callable[[ParamSets, jax.Array, Mapping[str, jax.Array]], ParamSets]
+
+
+def _select_all(
+    samples: tuple[Samples, ...], feedback: Feedback
+) -> tuple[tuple[Samples, ...], Feedback]:
+    return samples, feedback
+
+
+def _keep_param_sets(
+    param_sets: ParamSets, step: jax.Array, metrics: Mapping[str, jax.Array]
+) -> ParamSets:
+    del step, metrics
     return param_sets
 
 
@@ -240,7 +252,10 @@ class Algorithm:
         gradient.
       comparisons: pairs (i, j) of speakers; the judge says P(y_i > y_j).
       ratings: speakers whose sample the judge rates with a scalar.
-      trained_on: speakers whose sample the loss reads, in the order it gets them.
+      select: (samples, feedback) -> (samples, feedback): which of what was drawn and
+        said goes on to the loss, prompt by prompt (the best and the worst of several
+        candidates, say).
+      trained_on: selected samples that the loss reads, in the order it gets them.
       scored_under: parameter sets, besides the trained one, whose teacher-forced
         log-probabilities of those samples the loss reads.
       loss: (scored samples, feedback) -> loss per example. It is minimised.
@@ -249,7 +264,8 @@ class Algorithm:
         game without regularisation.
       derived_sets: parameter sets kept in the train state besides the policy; they
         start as copies of the policy (an average of past policies, say).
-      update_sets: (param_sets, step) -> param_sets, applied at the end of each step.
+      update_sets: (param_sets, step, metrics) -> param_sets, applied at the end of
+        each step to the sets, the steps done, and what this step measured.
       lookaheads: parameter set -> algorithm; before each step the set becomes what one
         step of that algorithm would make of the policy. Neither the policy nor its
         optimiser's state keep anything of it.
@@ -267,7 +283,8 @@ class Algorithm:
     trains: str = POLICY
     is_regularised: bool = True
     derived_sets: tuple[str, ...] = ()
-    update_sets: Callable[[ParamSets, jax.Array], ParamSets] = _keep_param_sets
+    select: Select = _select_all
+    update_sets: UpdateSets = _keep_param_sets
     lookaheads: Mapping[str, "Algorithm"] = dataclasses.field(default_factory=dict)
     followers: tuple["Algorithm", ...] = ()
 

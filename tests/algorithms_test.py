@@ -5,7 +5,9 @@ A new algorithm is one row of `TABLE`; all tests below then guard it.
 """
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,15 +28,18 @@ from nlhf_jax.types import (
     REFERENCE,
     Feedback,
     LanguageModel,
+    Responses,
+    Samples,
     ScoredSample,
     Speaker,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TAU, EXACT = 0.05, 1e-12
 SKEWED = np.array([0.5, 0.3, 0.2])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Row:
     """What is known of an algorithm.
 
@@ -125,7 +130,7 @@ def regression(first, second, values, anchors=None, scale=1 / TAU, alpha=0.0):
     return claim
 
 
-def logistic(second, alpha=0.0):
+def logistic(second, alpha=0.0, num_candidates=2):
     def claim(world):
         log_policy, log_other = world.log_policy(), world.log_probs(THE_REFERENCE)
         ratio = TAU * (log_policy - log_other)
@@ -133,9 +138,49 @@ def logistic(second, alpha=0.0):
         game = jnp.asarray(world.game)
         fit = game * jax.nn.log_sigmoid(h) + (1 - game) * jax.nn.log_sigmoid(-h)
         bonus = alpha * world.probs(second) @ log_policy
-        return (world.probs(ITSELF) @ fit @ world.probs(second) - bonus) / (2 * TAU)
+        drawn = jnp.outer(world.probs(ITSELF), world.probs(second))
+        if num_candidates == 3:
+            drawn = chosen_of_three(world, ITSELF, by_each_other)
+        return ((drawn * fit).sum() - bonus) / (2 * TAU)
 
     return claim
+
+
+def chosen_of_three(world, speaker, score):
+    """How often (y, y') are the best and the worst of three, [N, N].
+
+    `score(game, three)` rates the three by the game and the draws, the first three of
+    which are the candidates.
+    """
+    size = len(world.game)
+    drawn = np.array(list(itertools.product(range(size), repeat=score.num_draws)))
+    scores = score(world.game, drawn)
+    rows = np.arange(len(drawn))
+    best = drawn[rows, scores.argmax(axis=1)]
+    worst = drawn[rows, 2 - scores[:, ::-1].argmin(axis=1)]
+    weights = world.probs(speaker)[drawn].prod(axis=1)
+    return jnp.zeros((size, size)).at[best, worst].add(weights)
+
+
+def by_a_fourth(game, drawn):
+    """Scores three by how they do against a fourth."""
+    return game[drawn[:, :3], drawn[:, 3:]]
+
+
+def by_each_other(game, drawn):
+    """Scores three by how they do against the other two."""
+    return game[drawn[:, :, None], drawn[:, None, :]].sum(axis=2)
+
+
+by_a_fourth.num_draws, by_each_other.num_draws = 4, 3
+
+
+def chosen_regression(world):
+    log_policy = world.log_policy()
+    anchor = sum(w * world.log_probs({name: 1.0}) for name, w in PROXIMAL.items())
+    g = jax.lax.stop_gradient(world.value(OLD) - (log_policy - anchor) / 4.0)
+    lead, h = g[:, None] - g[None, :], log_policy[:, None] - log_policy[None, :]
+    return (chosen_of_three(world, OLD, by_a_fourth) * lead * h).sum() / 2
 
 
 def log_ratios(num_responses, step_size):
@@ -273,6 +318,7 @@ TABLE = [
     ),
     Row("inpo", STEP, proximal(), nash_at_tau),
     Row("iterative_nlhf", STEP | {"num_comparators": 2}, proximal(), nash_at_tau),
+    Row("iterative_nlhf", STEP | {"num_candidates": 3}, chosen_regression, nash_at_tau),
     Row(
         "enpo",
         STEP | {"alpha": 0.0, "num_comparators": 1},
@@ -325,6 +371,13 @@ TABLE = [
     Row("grpo", {"tau": TAU, "num_responses": 2}, larger_of_two, indifferent),
     Row("online_dpo", {"tau": TAU}, logistic(ITSELF), gibbs, bradley_terry),
     Row(
+        "online_dpo",
+        {"tau": TAU, "num_candidates": 3},
+        logistic(ITSELF, num_candidates=3),
+        gibbs,
+        bradley_terry,
+    ),
+    Row(
         "xpo", {"tau": TAU, "alpha": 0.0}, logistic(THE_REFERENCE), gibbs, bradley_terry
     ),
 ]
@@ -371,12 +424,24 @@ def test_the_expected_gradient_is_the_claimed_one(row, length, eos_id, float64):
     assert np.abs(claimed["table"]).max() > 1e-5
 
 
-def one_token_gradient(row, policy, reference, game, reward):
+@functools.cache
+def one_token_gradients(row):
+    """Returns the expected gradient of a row of the table, as a compiled function."""
     model, algorithm = tabular.tabular_model(3, 1), row.make()
-    sets = sets_of(algorithm, lambda name: tabular.table(np.log(policy)))
+
+    @jax.jit
+    def gradient(sets, game, reward):
+        judge = table_judge(model, game, reward)
+        return exact.expected_gradient(model, algorithm, judge, sets, 1)["table"]
+
+    return gradient
+
+
+def one_token_gradient(row, policy, reference, game, reward):
+    sets = sets_of(row.make(), lambda name: tabular.table(np.log(policy)))
     sets |= {REFERENCE: tabular.table(np.log(reference))}
-    judge = table_judge(model, game, reward)
-    return exact.expected_gradient(model, algorithm, judge, sets, 1)["table"]
+    compiled = one_token_gradients(row)
+    return compiled(*jax.tree.map(jnp.asarray, (sets, game, reward)))
 
 
 @each_algorithm
@@ -584,6 +649,8 @@ def losses_of(row, mask, log_probs, others, preference=0.5, reward=0.0):
         tuple(jnp.full(len(mask), preference) for _ in algorithm.comparisons),
         tuple(jnp.full(len(mask), reward) for _ in algorithm.ratings),
     )
+    drawn = Samples(Responses(jnp.zeros(mask.shape, int), mask), {}, log_probs)
+    _, feedback = algorithm.select((drawn,) * len(algorithm.speakers), feedback)
     return algorithm.loss((sample,) * len(algorithm.trained_on), feedback).loss_B
 
 
@@ -642,6 +709,8 @@ BAD = {
     "clip_range": (0.0, -0.2),
     "num_responses": (1, -3),
     "num_comparators": (0,),
+    "num_candidates": (1, 0),
+    "inner_gap": (-0.1, float("nan")),
     "num_proposals": (1,),
     "period": (0, -1),
     "magnet_period": (0,),

@@ -20,6 +20,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
+def compiled_quickly():
+    """For many small programs that run a moment: what is compiled is not tuned."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def float64():
     """Runs one test in float64, for mathematics that is exact."""
     with jax.enable_x64(True):

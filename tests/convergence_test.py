@@ -211,8 +211,8 @@ def test_others_do_not_find_the_equilibrium_of_a_cycle(name):
 def against_an_average(*, tau: float, beta: float):
     """Self-play against a running average of the parameters, a set of its own."""
 
-    def follow(sets, step):
-        del step
+    def follow(sets, step, metrics):
+        del step, metrics
         mixed = jax.tree.map(
             lambda old, new: beta * old + (1 - beta) * new,
             sets["average"],

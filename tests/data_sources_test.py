@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.data import debian, jsonl, tldr
+from nlhf_jax.data import debian, jsonl, tasks, tldr
 from nlhf_jax.settings import DataSettings
 
 LENGTHS = {"inputs": 8, "targets": 8}
@@ -128,6 +128,32 @@ def test_split_is_a_function_of_the_source_package(tmp_path):
             assert split == ("train" if int(digest, 16) % 100 < 90 else "evaluation")
     assert sum(map(len, splits.values())) == 80
     assert all(splits.values())
+
+
+@pytest.mark.parametrize(
+    "has_apt, has_corpus, taken",
+    [
+        (True, False, "debian"),
+        (False, True, "debian"),
+        (False, False, "docstrings"),
+    ],
+)
+def test_docstrings_stand_in_for_debian_where_there_is_no_apt(
+    has_apt, has_corpus, taken, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(debian, "_has_apt", lambda: has_apt)
+    if has_corpus:
+        (tmp_path / "debian.jsonl.gz").touch()
+    asked = []
+    for name in ("debian", "docstrings"):
+        monkeypatch.setitem(
+            tasks._BUILDERS[tasks.SUPERVISED],
+            name,
+            lambda settings, _: asked.append(settings.mixture_or_task_name),
+        )
+    settings = DataSettings("debian_or_docstrings", LENGTHS, data_dir=str(tmp_path))
+    tasks.get_task(settings, None, tasks.SUPERVISED)
+    assert asked == [taken]
 
 
 def test_system_without_apt_is_told_so_in_one_sentence(monkeypatch, tmp_path):

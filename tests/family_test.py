@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to members of the family: exact steps, half-steps, adversaries."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,14 +11,23 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import losses, train_step
+from nlhf_jax import losses, selection, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.evaluation import exact
 from nlhf_jax.games import matrices, methods, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
-from nlhf_jax.types import POLICY, REFERENCE, Feedback, ScoredSample
+from nlhf_jax.types import (
+    POLICY,
+    REFERENCE,
+    Feedback,
+    Responses,
+    Samples,
+    ScoredSample,
+    Speaker,
+)
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 EXACT = 1e-12
 MU, START = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1])
 TAU, STEP = 0.1, 1.0
@@ -90,10 +100,6 @@ def test_inpos_minimiser_is_the_step_of_mirror_descent(float64):
 
 
 def test_inpo_on_other_pairs_is_a_step_against_who_says_them(float64):
-    import dataclasses
-
-    from nlhf_jax.types import Speaker
-
     others = np.array([0.2, 0.2, 0.6])
     algorithm = dataclasses.replace(
         ALGORITHMS["inpo"](tau=TAU, step_size=STEP),
@@ -196,6 +202,152 @@ def test_egpo_with_uniform_pairs_is_mirror_prox(float64):
     )
     known = solutions.normalise(np.asarray(step.logits_N))
     np.testing.assert_allclose(found, known, rtol=0, atol=1e-8)
+
+
+# --- which pairs a loss sees
+
+
+def sample_of(tokens_B):
+    tokens_BT = jnp.asarray(tokens_B)[:, None]
+    responses = Responses(tokens_BT, jnp.ones(tokens_BT.shape, bool))
+    return Samples(responses, {POLICY: -1.0 * tokens_BT}, -2.0 * tokens_BT)
+
+
+def test_the_best_and_the_worst_are_picked_prompt_by_prompt():
+    scores = np.array(
+        [[0.2, 0.5, 0.1, 0.7], [0.9, 0.5, 0.1, 0.7], [0.3, 0.5, 0.6, 0.8]]
+    )
+    select = selection.best_and_worst(
+        3,
+        lambda feedback: feedback.rewards,
+        lambda feedback, picks: Feedback(feedback.preferences, picks),
+    )
+    candidates = [sample_of([10 * i + b for b in range(4)]) for i in range(1, 4)]
+    comparator = sample_of([0, 0, 0, 0])
+    told = Feedback((), tuple(jnp.asarray(scores)))
+    (best, worst), feedback = select((*candidates, comparator), told)
+    # Of equal scores the first is the best and the last the worst.
+    assert best.responses.tokens_BT[:, 0].tolist() == [20, 11, 32, 33]
+    assert worst.responses.tokens_BT[:, 0].tolist() == [10, 31, 22, 23]
+    assert [pick.tolist() for pick in feedback.rewards] == [[1, 0, 2, 2], [0, 2, 1, 1]]
+    # Everything known of a sample goes with it.
+    for one in (best, worst):
+        tokens_BT = one.responses.tokens_BT
+        np.testing.assert_array_equal(one.log_probs[POLICY], -1.0 * tokens_BT)
+        np.testing.assert_array_equal(one.sampling_log_probs_BT, -2.0 * tokens_BT)
+
+
+@pytest.mark.parametrize("num_candidates", [2, 3, 4])
+def test_best_of_several_is_still_a_step_of_mirror_descent(num_candidates, float64):
+    algorithm = ALGORITHMS["iterative_nlhf"](
+        tau=TAU, step_size=STEP, num_candidates=num_candidates
+    )
+    found = minimiser(algorithm, matrices.skew(), sets_at())
+    known = exact_step(matrices.skew(), START)
+    np.testing.assert_allclose(found, known, rtol=0, atol=1e-11)
+
+
+def test_inpo_on_the_best_and_the_worst_is_another_step(float64):
+    # What is documented to break: the answers that choose the pair also label it.
+    best = ALGORITHMS["online_dpo"](tau=TAU, num_candidates=3)
+    inpo = ALGORITHMS["inpo"](tau=TAU, step_size=STEP)
+    algorithm = dataclasses.replace(
+        inpo,
+        speakers=inpo.speakers[:1] * 3,
+        comparisons=best.comparisons,
+        select=best.select,
+    )
+    found = minimiser(algorithm, matrices.skew(), sets_at())
+    assert np.abs(found - exact_step(matrices.skew(), START)).max() > 0.005
+
+
+# --- COMAL's rounds
+
+
+def payoff_of(policy, magnet):
+    """P(y > pi) - tau log pi/magnet, what a response brings in the round's game."""
+    return matrices.skew() @ policy - TAU * np.log(policy / magnet)
+
+
+def measured_inner_gap(policy, previous, step):
+    """E over pairs from `previous` of what the loss reports."""
+    algorithm = ALGORITHMS["comal"](tau=TAU, step_size=step)
+    first, second = np.divmod(np.arange(9), 3)
+
+    def one(tokens):
+        log_probs = {
+            name: jnp.log(jnp.asarray(p))[tokens][:, None]
+            for name, p in {
+                POLICY: policy,
+                REFERENCE: MU,
+                "previous": previous,
+                "magnet": MU,
+            }.items()
+        }
+        return ScoredSample(jnp.ones((9, 1), bool), log_probs, log_probs["previous"])
+
+    answers = Feedback((jnp.asarray(matrices.skew()[first, second]),), ())
+    output = algorithm.loss((one(first), one(second)), answers)
+    return (previous[first] * previous[second]) @ output.metrics["comal/inner_gap"]
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 1 / TAU])
+def test_the_inner_gap_is_the_variance_of_what_responses_bring(step, float64):
+    # By (U) log pi_{t+1} - log pi_t is s times that, up to a constant.
+    after = exact_step(matrices.skew(), START, step=step)
+    brought = payoff_of(START, MU)
+    variance = START @ (brought - START @ brought) ** 2
+    found = measured_inner_gap(after, START, step)
+    assert found == pytest.approx(variance / (2 * TAU), rel=1e-11)
+
+
+def test_near_the_equilibrium_it_is_the_gap_itself(float64):
+    nash = solutions.regularised_nash(matrices.skew(), MU, TAU)
+    ratios = []
+    for size in (0.1, 0.01, 0.001):
+        near = solutions.normalise(np.log(nash) + size * np.array([1.0, -0.5, 0.2]))
+        gap = solutions.regularised_gap(matrices.skew(), MU, TAU, near)
+        after = exact_step(matrices.skew(), near, near)
+        ratios.append(measured_inner_gap(after, near, STEP) / gap)
+    # The error is of first order in the distance.
+    errors = np.abs(np.array(ratios) - 1)
+    assert errors[-1] < 1e-3
+    np.testing.assert_allclose(errors[:-1] / errors[1:], 10, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    "step, gap, is_over",
+    [(10, 0.01, True), (10, 0.1, False), (7, 0.01, False), (40, 0.1, True)],
+)
+def test_a_round_ends_with_a_small_gap_or_after_its_longest_time(step, gap, is_over):
+    algorithm = ALGORITHMS["comal"](
+        tau=TAU, step_size=STEP, period=10, magnet_period=40, inner_gap=0.05
+    )
+    sets = {
+        name: {"w": jnp.full(1, i)} for i, name in enumerate(("previous", "magnet"))
+    }
+    sets[POLICY] = {"w": jnp.full(1, 9)}
+    metrics = {"comal/inner_gap": jnp.array(gap)}
+    after = algorithm.update_sets(sets, jnp.array(step), metrics)
+    assert int(after["magnet"]["w"][0]) == (9 if is_over else 1)
+    assert int(after["previous"]["w"][0]) == (9 if step % 10 == 0 else 0)
+
+
+@pytest.mark.parametrize("inner_gap, rounds", [(0.0, 0), (1e6, 3)])
+def test_the_step_hands_its_measurement_to_the_rounds(inner_gap, rounds):
+    algorithm = ALGORITHMS["comal"](
+        tau=TAU, step_size=STEP, period=2, magnet_period=1000, inner_gap=inner_gap
+    )
+    step, state, frozen = tiny_step(algorithm)
+    moved = 0
+    for _ in range(6):
+        before = np.asarray(state.param_sets["magnet"]["table"])
+        state, metrics = step(
+            state, frozen, tabular.empty_prompts(16), jax.random.key(0)
+        )
+        moved += np.abs(before - state.param_sets["magnet"]["table"]).max() > 0
+        assert float(metrics["comal/inner_gap"]) >= 0
+    assert moved == rounds
 
 
 # --- half-steps, followers and several updates in the train step

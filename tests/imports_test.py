@@ -19,7 +19,16 @@ PACKAGE = ROOT / "nlhf_jax"
 LAYERS = (
     (0, {"types": (), "checks": ()}),
     (1, {"sequences": (), "settings": ()}),
-    (2, {"games": ("scipy",), "mixture": (), "losses": (), "parameter_sets": ()}),
+    (
+        2,
+        {
+            "games": ("scipy",),
+            "mixture": (),
+            "losses": (),
+            "parameter_sets": (),
+            "selection": (),
+        },
+    ),
     (
         3,
         {

@@ -15,7 +15,8 @@ def trace(update, sets, num_steps):
     """Moves the policy to 1, 2, ... and returns every other set after each step."""
     found = []
     for step in range(1, num_steps + 1):
-        sets = update(sets | {POLICY: {"w": jnp.array([float(step)])}}, jnp.array(step))
+        sets = sets | {POLICY: {"w": jnp.array([float(step)])}}
+        sets = update(sets, jnp.array(step), {"measured/step": jnp.array(step)})
         found.append({k: float(v["w"][0]) for k, v in sets.items() if k != POLICY})
     return found
 
@@ -32,6 +33,15 @@ def test_moves_of_one_update_read_what_was_there_before():
     found = trace(parameter_sets.snapshots(moves, period=2), sets, 6)
     assert [one["previous"] for one in found] == [-1, 2, 2, 4, 4, 6]
     assert [one["older"] for one in found] == [-2, -1, -1, 2, 2, 4]
+
+
+def test_moves_happen_when_what_was_measured_says_so():
+    update = parameter_sets.moves_when(
+        lambda step, metrics: (step > 2) & (metrics["measured/step"] % 4 == 0),
+        {"magnet": POLICY},
+    )
+    found = trace(update, {"magnet": {"w": jnp.zeros(1)}}, 9)
+    assert [one["magnet"] for one in found] == [0, 0, 0, 4, 4, 4, 4, 8, 8]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.9, 1.0])
@@ -51,7 +61,7 @@ def test_an_average_of_logits_is_the_geometric_mixture(float64):
     decay, model = 0.3, tabular.tabular_model(3, 1)
     new, old = tabular.table(np.array([0.3, -0.1, 0.2])), tabular.table(np.zeros(3))
     update = parameter_sets.moving_average("average", decay=decay)
-    sets = update({POLICY: new, "average": old}, jnp.array(1))
+    sets = update({POLICY: new, "average": old}, jnp.array(1), {})
     weights = {POLICY: 1 - decay, "old": decay}
     mixed, averaged = (
         tabular.response_log_probs(

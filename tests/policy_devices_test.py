@@ -10,6 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from nlhf_jax.algorithms import ALGORITHMS
+from tests.policy_devices_worker import RUN
+
 HERE = pathlib.Path(__file__).parent
 MESHES = ["data", "all"]
 
@@ -23,6 +26,7 @@ def eight(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "NPROC": "16",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the programs are small and run twice
         "PYTHONPATH": str(HERE.parent),
     }
     run = subprocess.run(
@@ -72,3 +76,28 @@ def test_rows_stay_on_their_device(eight, part):
     # With the batch split by rows and whole parameters, nothing but the sum of the
     # gradients has to cross devices.
     assert eight[part] == {"all-gather": 0, "all-to-all": 0, "collective-permute": 0}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_set_and_moment_lies_where_its_parameter_does(eight, name):
+    found = eight["kept"][name]
+    assert found["in_place"]
+    # Every set, and two moments of each that is trained; most leaves are split.
+    assert found["num_trees"] == found["num_sets"] + 2 * found["num_trained"]
+    assert found["num_split"] > 10 * found["num_trees"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_step_keeps_shapes_and_dtypes(eight, name):
+    found = eight["kept"][name]
+    before, after = (
+        {path: one[:2] for path, one in found[when].items()}
+        for when in ("before", "after")
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_step_keeps_the_sharding(eight, name):
+    found = eight["kept"][name]
+    assert found["before"] == found["after"]

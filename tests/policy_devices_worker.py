@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy steps on eight fake devices, in a process of its own; writes JSON."""
 
+import inspect
 import json
 import sys
 
@@ -23,6 +24,7 @@ from nlhf_jax.types import (
     Samples,
 )
 
+RUN = ("egpo", "enpo", "comal")  # half-steps, a follower, a magnet; others are traced
 STEPS, BATCH, PROMPT, LENGTH = 2, 16, 5, 6
 SETTINGS = T5Settings(64, 8, 2, 4, 16, 1, 1)
 
@@ -91,6 +93,85 @@ def train(settings, devices, *, num_microbatches=1):
     }
 
 
+def settings_of(factory):
+    """Returns the arguments that an algorithm needs and has no default for."""
+    given = {"tau": 0.1, "beta": 0.25, "step_size": 2.0, "decay": 0.5}
+    parameters = inspect.signature(factory).parameters.values()
+    return {p.name: given[p.name] for p in parameters if p.default is p.empty}
+
+
+def placed(name):
+    """Returns an algorithm, its step, that on three axes, a first state, and places."""
+    model, optimizer = t5_language_model(SETTINGS), optax.adam(0.01)
+    algorithm = ALGORITHMS[name](**settings_of(ALGORITHMS[name]))
+    mesh = partitioning.make_mesh(MeshSettings(2, 2, 2))
+    params = model.init(jax.random.key(0))
+    lie = partitioning.shardings_for(model.logical_axes, params, mesh)
+    state = train_step.init_state(params, algorithm, optimizer)
+    sharding = partitioning.state_shardings(state, lie, params)
+    step_fn = train_step.make_train_step(
+        model, algorithm, judge(), optimizer, max_length=LENGTH
+    )
+    compiled = partitioning.compile_step(
+        step_fn,
+        mesh,
+        sharding,
+        {REFERENCE: lie},
+        partitioning.batch_sharding(mesh),
+        partitioning.replicated(mesh),
+    )
+    state = jax.device_put(state, sharding)
+    return algorithm, step_fn, compiled, (state, {REFERENCE: params}), lie
+
+
+def described(tree):
+    """Returns path -> shape, dtype and, for arrays, how they are split."""
+    return {
+        jax.tree_util.keystr(path): [
+            list(leaf.shape),
+            str(leaf.dtype),
+            str(getattr(getattr(leaf, "sharding", None), "spec", "")),
+        ]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def kept(name, *, is_run):
+    """Returns what a state is like before and after a step, and where copies lie."""
+    algorithm, step_fn, compiled, (state, frozen), lie = placed(name)
+    before = described(state)
+    same = [
+        jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, tree, lie)
+        for sets in (state.param_sets.values(), _moments(state))
+        for tree in sets
+    ]
+    arguments = (state, frozen, prompts(0), jax.random.key(7))
+    if is_run:
+        after = described(compiled(*arguments)[0])
+    else:
+        after = described(jax.eval_shape(step_fn, *arguments)[0])
+    return {
+        "before": before,
+        "after": after,
+        "num_trees": len(same),
+        "num_sets": 1 + len(algorithm.derived_sets),
+        "num_trained": 1 + len(algorithm.followers),
+        "in_place": all(jax.tree.leaves(same)),
+        "num_split": sum(
+            "fsdp" in spec or "tensor" in spec for *_, spec in before.values()
+        ),
+    }
+
+
+def _moments(state):
+    """Returns Adam's two moments of every set that is trained."""
+    return [
+        moments
+        for opt_state in state.opt_states.values()
+        for moments in (opt_state[0].mu, opt_state[0].nu)
+    ]
+
+
 def collectives_of_the_rollout():
     """Returns what crosses devices while a mixture is decoded, by HLO name."""
     model = t5_language_model(SETTINGS)
@@ -154,6 +235,7 @@ def main(path):
         "all": train(MeshSettings(2, 2, 2), None),
         "rollout": collectives_of_the_rollout(),
         "gradient": collectives_of_the_gradient(),
+        "kept": {name: kept(name, is_run=name in RUN) for name in ALGORITHMS},
     }
     with open(path, "w") as file:
         json.dump(found, file)

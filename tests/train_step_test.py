@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step: keys, microbatches, compilation, frozen weights, and learning a game."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests.algorithms_test import Row, each_name
+from tests.algorithms_test import TABLE, Row, each_name
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+ROWS = {row.name: row for row in TABLE}.values()
 LENGTH, VOCAB = 2, 3
 SIZE = VOCAB**LENGTH
 
@@ -39,10 +43,18 @@ def setting(row, *, game=None, num_microbatches=1, optimizer=None, seed=0):
     return step, train_step.init_state(params, algorithm, optimizer), frozen
 
 
+@functools.cache
+def compiled_setting(name):
+    """Returns a jitted step, which tests share, and its first state and frozen sets."""
+    (row,) = (row for row in ROWS if row.name == name)
+    step, state, frozen = setting(row)
+    return jax.jit(step), state, frozen
+
+
 @each_name
 def test_it_compiles_once_and_depends_on_key_and_step_only(row):
-    step, state, frozen = setting(row)
-    compiled, prompts = jax.jit(step), tabular.empty_prompts(8)
+    compiled, state, frozen = compiled_setting(row.name)
+    prompts = tabular.empty_prompts(64)
     first, metrics = compiled(state, frozen, prompts, jax.random.key(1))
     again, _ = compiled(state, frozen, prompts, jax.random.key(1))
     other, _ = compiled(state, frozen, prompts, jax.random.key(2))
@@ -61,7 +73,8 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
     results = []
     for parts in (1, 4):
         step, state, frozen = setting(row, num_microbatches=parts)
-        results.append(step(state, frozen, tabular.empty_prompts(8), jax.random.key(3)))
+        arguments = state, frozen, tabular.empty_prompts(8), jax.random.key(3)
+        results.append(jax.jit(step)(*arguments))
     (whole, whole_metrics), (cut, cut_metrics) = results
     np.testing.assert_allclose(
         whole.param_sets[POLICY]["table"], cut.param_sets[POLICY]["table"], atol=1e-12
@@ -72,9 +85,9 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
 
 @each_name
 def test_frozen_weights_are_arguments_of_the_compiled_step(row):
-    step, state, frozen = setting(row)
+    step, state, frozen = compiled_setting(row.name)
     closed = jax.make_jaxpr(step)(
-        state, frozen, tabular.empty_prompts(8), jax.random.key(0)
+        state, frozen, tabular.empty_prompts(64), jax.random.key(0)
     )
     largest = max((np.size(const) for const in closed.consts), default=0)
     # The judge's table is a constant of this test; weights have more entries.

@@ -37,8 +37,7 @@ def egpo(*, tau: float, temperature: float = 2.0) -> Algorithm:
         pair = Speaker({POLICY: 1.0}, temperature)
         return with_comparators(
             "egpo",
-            pair,
-            pair,
+            (pair, pair),
             [Comparator(Speaker({comparator: 1.0}), 1.0)],
             anchors={REFERENCE: 1.0},
             scale=1.0 / tau,

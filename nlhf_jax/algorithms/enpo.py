@@ -33,20 +33,30 @@ ADVERSARY, OLDER = "adversary", "older"
 
 
 def iterative_nlhf(
-    *, tau: float, step_size: float, num_comparators: int = 1, period: int = 10
+    *,
+    tau: float,
+    step_size: float,
+    num_candidates: int = 2,
+    num_comparators: int = 1,
+    period: int = 10,
 ) -> Algorithm:
     """Returns standard iterative NLHF: ENPO without exploration.
 
-        y, y' ~ pi_t, z_1 .. z_n ~ pi_t, h as in `inpo`
-        descend  (h - s mean_k (P(y > z_k) - P(y' > z_k)))^2 / (4 s)
+        y_1 .. y_K, z_0 .. z_n ~ pi_t, h as in `inpo`
+        y, y' = the best and the worst of the y_i by P(y_i > z_0)
+        descend  (h - s mean_k (P(y > z_k) - P(y' > z_k)))^2 / (4 s),  k = 1 .. n
 
-    and every `period` steps pi_t <- pi. The exact minimiser is the step of online
-    mirror descent. It converges to the Nash equilibrium at tau while s is small
-    against tau, but a response that pi_t hardly ever says is hardly ever learned about.
+    and every `period` steps pi_t <- pi. With K = 2 both are taken and there is no z_0.
+    The exact minimiser is the step of online mirror descent for every K: what chooses
+    the pair (z_0) has no part in its target. (Labelled with the answers that chose
+    them, as INPO is often run, they give a step against another opponent.) It converges
+    to the Nash equilibrium at tau while s is small against tau, but a response that
+    pi_t hardly ever says is hardly ever learned about.
 
     Args:
       tau: strength of the KL to the reference, per nat, >= 0.
       step_size: s in (0, 1 / tau].
+      num_candidates: K >= 2.
       num_comparators: n >= 1, shared by both responses.
       period: steps with the same pi_t, >= 1.
 
@@ -62,6 +72,7 @@ def iterative_nlhf(
         tau=tau,
         step_size=step_size,
         alpha=0.0,
+        num_candidates=num_candidates,
         num_comparators=num_comparators,
         derived_sets=(PREVIOUS,),
         update_sets=snapshots({PREVIOUS: POLICY}, period=period),
@@ -198,16 +209,17 @@ def _exploit(
     step_size: float,
     alpha: float,
     num_comparators: int,
+    num_candidates: int = 2,
     **more: Any,
 ) -> Algorithm:
     """Returns step A: the regression with comparators from pi_t."""
     check_range("alpha", alpha, 0.0)
     check_integer("num_comparators", num_comparators, 1)
+    check_integer("num_candidates", num_candidates, 2)
     previous = Speaker({PREVIOUS: 1.0})
     return with_comparators(
         name,
-        previous,
-        proposer,
+        (*(previous,) * (num_candidates - 1), proposer),
         [Comparator(previous, 1.0 / num_comparators)] * num_comparators,
         anchors=proximal_anchor(tau, step_size),
         scale=step_size,

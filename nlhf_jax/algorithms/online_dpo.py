@@ -2,10 +2,14 @@
 """Online DPO: the logistic loss on the policy's own pairs."""
 
 import dataclasses
+import functools
+
+import jax.numpy as jnp
 
 from nlhf_jax import losses
-from nlhf_jax.algorithms.policy_gradients import feedback_metrics
-from nlhf_jax.checks import check_range
+from nlhf_jax.algorithms.policy_gradients import feedback_metrics, pairs
+from nlhf_jax.checks import check_integer, check_range
+from nlhf_jax.selection import Picks, best_and_worst
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,
@@ -17,10 +21,11 @@ from nlhf_jax.types import (
 )
 
 
-def online_dpo(*, tau: float) -> Algorithm:
+def online_dpo(*, tau: float, num_candidates: int = 2) -> Algorithm:
     """Returns online DPO with soft labels.
 
-        y, y' ~ pi (constants), h = lr(y) - lr(y')
+        y_1 .. y_K ~ pi (constants), y, y' = those that win most and least often against
+        the others, h = lr(y) - lr(y'), P = P(y > y')
         descend  -(P log sigma(tau h) + (1 - P) log sigma(-tau h)) / (2 tau)
 
     It is **not** a Nash solver, not even with two responses unless P = 1/2: there it
@@ -30,16 +35,46 @@ def online_dpo(*, tau: float) -> Algorithm:
 
     Args:
       tau: strength of the KL to the reference, in log-odds per nat, > 0.
+      num_candidates: K >= 2; with 2 both are taken.
 
     Raises:
-      UserError: tau out of range.
+      UserError: tau or num_candidates out of range.
 
     Source: Rafailov et al., 2023, arXiv 2305.18290, eq. 7; Guo et al., 2024, arXiv
     2402.04792; Calandriello et al., 2024, arXiv 2403.08635, Appendix F;
     docs/math.md (46).
     """
+    check_integer("num_candidates", num_candidates, 2)
     policy = Speaker({POLICY: 1.0})
-    return logistic_pairs("online_dpo", policy, policy, tau=tau, alpha=0.0)
+    pair = logistic_pairs("online_dpo", policy, policy, tau=tau, alpha=0.0)
+    if num_candidates == 2:
+        return pair
+    met = pairs(num_candidates)
+    return dataclasses.replace(
+        pair,
+        speakers=(policy,) * num_candidates,
+        comparisons=met,
+        select=best_and_worst(
+            num_candidates,
+            lambda feedback: losses.group_win_rates(
+                feedback.preferences, met, num_candidates
+            ),
+            functools.partial(_answer_of_picks, met),
+        ),
+    )
+
+
+def _answer_of_picks(
+    met: tuple[tuple[int, int], ...], feedback: Feedback, picks: Picks
+) -> Feedback:
+    """Returns P(first pick > second pick)."""
+    best_B, worst_B = picks
+    answer_B = sum(
+        jnp.where((best_B == i) & (worst_B == j), said_B, 0.0)
+        + jnp.where((best_B == j) & (worst_B == i), 1.0 - said_B, 0.0)
+        for said_B, (i, j) in zip(feedback.preferences, met, strict=True)
+    )
+    return Feedback((answer_B,), ())
 
 
 def logistic_pairs(

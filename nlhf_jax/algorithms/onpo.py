@@ -39,8 +39,7 @@ def onpo(*, step_size: float, tau: float = 0.0, period: int = 10) -> Algorithm:
     previous, older = Speaker({PREVIOUS: 1.0}), Speaker({OLDER: 1.0})
     return with_comparators(
         "onpo",
-        previous,
-        previous,
+        (previous, previous),
         [Comparator(previous, 2.0), Comparator(older, -1.0)],
         anchors=proximal_anchor(tau, step_size),
         scale=step_size,

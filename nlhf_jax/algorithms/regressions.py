@@ -5,6 +5,7 @@ An anchor is a log-linear mixture of parameter sets, written as their weights.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from nlhf_jax import losses
 from nlhf_jax.algorithms.policy_gradients import feedback_metrics
 from nlhf_jax.checks import check_range
+from nlhf_jax.selection import Picks, best_and_worst, pick
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,
@@ -81,8 +83,7 @@ def on_labelled_pairs(
 
 def with_comparators(
     name: str,
-    first: Speaker,
-    second: Speaker,
+    candidates: Sequence[Speaker],
     comparators: Sequence[Comparator],
     *,
     anchors: Mapping[str, float],
@@ -93,15 +94,27 @@ def with_comparators(
     """Returns the regression to sum_k w_k (P(y > z_k) - P(y' > z_k)).
 
     The same comparators judge both responses, so that the target has the right mean for
-    pairs from anywhere: the opponent is who draws z. With alpha > 0 the loss has a term
-    -alpha log pi(y) on the first response besides.
+    pairs from anywhere: the opponent is who draws z. Of more than two candidates, all
+    from one speaker, the best and the worst against one more draw of the first
+    comparator's speaker are taken. With alpha > 0 the loss has a term -alpha log pi(y)
+    on the first response besides.
     """
-    speakers = (first, second, *(one.speaker for one in comparators))
-    judged = range(2, len(speakers))
+    num_candidates, scouts = len(candidates), ()
+    if num_candidates > 2:
+        scouts = (comparators[0].speaker,)
+        more["select"] = best_and_worst(
+            num_candidates,
+            lambda feedback: feedback.preferences[:num_candidates],
+            functools.partial(_answers_of_picks, num_candidates),
+        )
+    speakers = (*candidates, *scouts, *(one.speaker for one in comparators))
+    every = range(num_candidates)
     return Algorithm(
         name=name,
         speakers=speakers,
-        comparisons=tuple((i, k) for i in (0, 1) for k in judged),
+        comparisons=tuple(
+            (i, k) for k in range(num_candidates, len(speakers)) for i in every
+        ),
         ratings=(),
         trained_on=(0, 1),
         scored_under=scored_sets(anchors),
@@ -109,6 +122,20 @@ def with_comparators(
             dict(anchors), scale, tuple(one.weight for one in comparators), alpha
         ),
         **more,
+    )
+
+
+def _answers_of_picks(
+    num_candidates: int, feedback: Feedback, picks: Picks
+) -> Feedback:
+    """Returns what the comparators after the first, who chose, say of the two."""
+    said = feedback.preferences[num_candidates:]
+    by_comparator = [
+        said[start : start + num_candidates]
+        for start in range(0, len(said), num_candidates)
+    ]
+    return Feedback(
+        tuple(pick(one, index_B) for one in by_comparator for index_B in picks), ()
     )
 
 
@@ -137,8 +164,7 @@ class _ComparedPairs:
     def __call__(
         self, samples: tuple[ScoredSample, ...], feedback: Feedback
     ) -> LossOutput:
-        count = len(self.weights)
-        first, second = feedback.preferences[:count], feedback.preferences[count:]
+        first, second = feedback.preferences[::2], feedback.preferences[1::2]
         target_B = sum(
             weight * (one_B - other_B)
             for weight, one_B, other_B in zip(self.weights, first, second, strict=True)

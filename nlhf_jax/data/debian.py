@@ -145,7 +145,7 @@ def fetch_pairs() -> tuple[list[jsonl.Row], dict[str, int]]:
     Raises:
       UserError: there is no apt, or it fetched no descriptions.
     """
-    if not (shutil.which("apt-get") and pathlib.Path(_APT_HELPER).exists()):
+    if not _has_apt():
         raise UserError(
             "task 'debian' reads package descriptions through apt-get, which this "
             "system has not: use 'docstrings' or 'jsonl'"
@@ -156,6 +156,20 @@ def fetch_pairs() -> tuple[list[jsonl.Row], dict[str, int]]:
         if not descriptions:
             raise UserError("task 'debian': apt-get fetched no package descriptions")
         return make_pairs(descriptions, _read_lists(lists, "*_Packages*"))
+
+
+def is_available(settings: DataSettings) -> bool:
+    """Returns whether there is apt, or a corpus that was fetched before."""
+    return _has_apt() or _corpus_path(settings).exists()
+
+
+def _has_apt() -> bool:
+    return bool(shutil.which("apt-get")) and pathlib.Path(_APT_HELPER).exists()
+
+
+def _corpus_path(settings: DataSettings) -> pathlib.Path:
+    folder = settings.data_dir or cache_folder(settings.cache_dir) / "debian"
+    return pathlib.Path(folder).expanduser() / "debian.jsonl.gz"
 
 
 def _update(folder: pathlib.Path) -> pathlib.Path:
@@ -174,7 +188,10 @@ def _update(folder: pathlib.Path) -> pathlib.Path:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"task 'debian': apt-get update failed: {lines[-1]}")
+        raise UserError(
+            f"task 'debian': apt-get update failed (use 'docstrings' where there is no "
+            f"network): {lines[-1]}"
+        )
     return lists
 
 
@@ -196,10 +213,7 @@ def splits(settings: DataSettings) -> dict[str, list[jsonl.Row]]:
     Raises:
       UserError: there is no apt, or it failed.
     """
-    folder = pathlib.Path(
-        settings.data_dir or cache_folder(settings.cache_dir) / "debian"
-    )
-    path = folder.expanduser() / "debian.jsonl.gz"
+    path = _corpus_path(settings)
     if not path.exists():
         for _ in progress_bar("Fetching package descriptions")([0]):
             jsonl.write_rows(str(path), fetch_pairs()[0])

@@ -6,6 +6,7 @@ A supervised task has the features `inputs` and `targets`; a task of comparisons
 The texts stay beside the ids in `inputs_pretokenized` and so on.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -172,6 +173,13 @@ def _rows_of(kind: tuple[str, ...], read: Callable[[DataSettings], Any]):
     return build
 
 
+def _debian_or_docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+    """Package descriptions where this machine has them, else docstrings."""
+    name = "debian" if debian.is_available(settings) else "docstrings"
+    chosen = dataclasses.replace(settings, mixture_or_task_name=name)
+    return _BUILDERS[SUPERVISED][name](chosen, vocabulary)
+
+
 _FIELDS = {
     SUPERVISED: {"inputs": "prompt", "targets": "target"},
     COMPARISONS: {
@@ -187,6 +195,7 @@ _BUILDERS: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {
         "docstrings": _docstrings,
         "docstrings_pretraining": _docstrings_pretraining,
         "debian": _rows_of(SUPERVISED, debian.splits),
+        "debian_or_docstrings": _debian_or_docstrings,
         "jsonl": _rows_of(
             SUPERVISED, lambda s: jsonl.read_splits(s, jsonl.PROMPT_FIELDS)
         ),

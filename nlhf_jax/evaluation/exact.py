@@ -76,6 +76,7 @@ def expected_gradient(
         )
         log_weight_B = sum(one.sampling_log_probs_BT.sum(axis=1) for one in samples)
         feedback = score(algorithm, judge, {}, context, drawn)
+        samples, feedback = algorithm.select(samples, feedback)
         scored = scored_samples(model, algorithm, params, constants, context, samples)
         loss_B = algorithm.loss(scored, feedback).loss_B
         return jnp.sum(jnp.exp(log_weight_B) * loss_B)

@@ -34,14 +34,20 @@ def strongest_cycles(
     Each is given once, from its smallest index on; docs/math.md (34).
     """
     margin_NN = np.asarray(preference_NN) - 0.5
-    # Entry [i, j, k] is the weakest link of i > j > k > i.
-    weakest = np.minimum(margin_NN[:, :, None], margin_NN[None, :, :])
-    weakest = np.minimum(weakest, margin_NN.T[:, None, :])
-    i, j, k = np.indices(weakest.shape)
-    is_shown = (weakest > TIE) & (i < j) & (i < k)
-    found = np.argwhere(is_shown)
-    order = np.argsort(-weakest[is_shown], kind="stable")[:most]
-    return [tuple(map(int, cycle)) for cycle in found[order]]
+    best: list[tuple[float, int, int, int]] = []
+    for i in range(len(margin_NN)):
+        # Entry [j, k] is the weakest link of i > j > k > i; i is the smallest.
+        later_MM = margin_NN[i + 1 :, i + 1 :]
+        won_M, lost_M = margin_NN[i, i + 1 :], margin_NN[i + 1 :, i]
+        ends_MM = np.minimum(won_M[:, None], lost_M[None, :])
+        weakest_MM = np.minimum(ends_MM, later_MM)
+        found = np.argwhere(weakest_MM > TIE)
+        strength = weakest_MM[tuple(found.T)]
+        for place in np.argsort(-strength, kind="stable")[:most]:
+            j, k = found[place] + i + 1
+            best.append((-float(strength[place]), i, int(j), int(k)))
+        best = sorted(best)[:most]
+    return [(i, j, k) for _, i, j, k in best]
 
 
 def cyclic_energy_share(preference_BNN: Float[np.ndarray, "B N N"]) -> float:

@@ -164,12 +164,18 @@ def _what_is_given(arguments: Mapping[str, Any]) -> str:
         name: folders.newest_state(arguments[name])
         for name in ("reference_checkpoint", "preference_checkpoint")
     }
+    if arguments["reward_checkpoint"]:  # the report shows its curve
+        places["reward_checkpoint"] = folders.newest_state(
+            arguments["reward_checkpoint"]
+        )
+    cycles = _read_cyclicity(arguments["comparisons_dir"])
     players = arguments["policies"].items()
     policies = {name: folders.newest_state(place) for name, place in players}
     settings = {
         name: repr(value) for name, value in arguments.items() if name != "model_dir"
     }
-    return json.dumps(settings | places | {"policies": policies}, indent=2) + "\n"
+    given = settings | places | {"policies": policies, "cyclicity": repr(cycles)}
+    return json.dumps(given, indent=2) + "\n"
 
 
 def _is_played(folder: pathlib.Path, given: str) -> bool:
