@@ -88,6 +88,8 @@ class Arguments:
             flags += ("scale",) * (job in SCALES)
             raise UserError(f"{job} has no flag --{name}{nearest(name, flags)}")
         is_text = known[name] is str
+        if f"{job}.{name}" in self.overrides:
+            raise UserError(f"--{name} is given twice")
         self.overrides[f"{job}.{name}"] = repr(value) if is_text else value
 
 

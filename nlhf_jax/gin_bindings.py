@@ -25,6 +25,7 @@ SETTINGS = (
     settings.OptimizerSettings,
     settings.SamplingSettings,
     settings.LoopSettings,
+    settings.MemorySettings,
     settings.MeshSettings,
     RaterPopulation,
 )

@@ -72,11 +72,14 @@ _POLICY = {
         -INFINITY,
         INFINITY,
         "mean log-ratio to the reference of the responses trained on; where they are "
-        "the policy's own (not a snapshot's, mixture's or adversary's) an unbiased "
-        "estimate of the sequence-level KL, so it can be negative",
+        "the policy's own (not a snapshot's, mixture's or adversary's) and none were "
+        "selected, an unbiased estimate of the sequence-level KL; it can be negative",
     ),
     "policy/entropy": Metric(
-        "nats", 0, INFINITY, "mean negative log-probability of a sampled response"
+        "nats",
+        0,
+        INFINITY,
+        "mean negative log-probability of a response trained on",
     ),
     "policy/effective_share": Metric(
         "share",
@@ -98,10 +101,17 @@ _POLICY = {
         "estimated KL from the last snapshot of the policy to the adversary",
     ),
     "preference/mean": Metric(
-        "share", 0, 1, "mean preference of the policy's sample over its opponent's"
+        "share",
+        0,
+        1,
+        "mean preference of the first response over its opponents; of selected "
+        "candidates the first is the best",
     ),
     "response/length": Metric(
-        "tokens", 0, INFINITY, "mean sampled length, end token included"
+        "tokens",
+        0,
+        INFINITY,
+        "mean length of the responses trained on, end token included",
     ),
     "response/eos_rate": Metric(
         "share", 0, 1, "samples that ended by themselves, before the length limit"

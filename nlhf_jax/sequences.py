@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks, end-of-sequence, and log-probabilities of tokens and whole sequences."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from nlhf_jax.types import TokenScores
 
 
 def response_mask(tokens_BT: Int[Array, "B T"], eos_id: int) -> Bool[Array, "B T"]:
@@ -17,16 +21,34 @@ def response_mask(tokens_BT: Int[Array, "B T"], eos_id: int) -> Bool[Array, "B T
     return num_before_BT == 0
 
 
+def token_scores(
+    logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"]
+) -> TokenScores:
+    """Returns log p(token) = logit - logsumexp, the logsumexp, and who is largest."""
+    dtype = jnp.promote_types(logits_BTV.dtype, jnp.float32)
+    logits_BTV = logits_BTV.astype(dtype)
+    chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
+    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    is_largest_BT = chosen_BT >= logits_BTV.max(axis=-1)
+    return TokenScores(chosen_BT - normalizer_BT, normalizer_BT, is_largest_BT)
+
+
+def scored_whole(logits: Callable[..., Float[Array, "B T V"]]) -> Callable:
+    """Returns the `token_scores` of a `LanguageModel` that makes all logits at once."""
+
+    def scores(params, prompts, tokens_BT, dropout_key=None) -> TokenScores:
+        return token_scores(logits(params, prompts, tokens_BT, dropout_key), tokens_BT)
+
+    return scores
+
+
 def token_log_probs(
     logits_BTV: Float[Array, "B T V"],
     tokens_BT: Int[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Returns log p(token) = logit - logsumexp, float32, 0 where the mask is False."""
-    dtype = jnp.promote_types(logits_BTV.dtype, jnp.float32)
-    logits_BTV = logits_BTV.astype(dtype)
-    chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
-    log_probs_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    """Returns log p(token), float32, 0 where the mask is False."""
+    log_probs_BT = token_scores(logits_BTV, tokens_BT).log_probs_BT
     return jnp.where(mask_BT, log_probs_BT, 0.0)
 
 

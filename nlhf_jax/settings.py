@@ -55,6 +55,39 @@ class T5Settings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemorySettings:
+    """What a step computes again, cuts up or halves in order to fit.
+
+    Only `compute_dtype` and `frozen_dtype` change numbers by more than rounding.
+
+    Attributes:
+      remat: what of a layer the backward pass keeps: "none" computes nothing again,
+        "dots" keeps the products with weights, "full" keeps the layer's input only.
+      scan_layers: compiles one layer and runs it in a loop, with all layers' weights
+        stacked for the time of a pass; the parameters keep their names. Decoding is
+        not affected.
+      num_vocab_chunks: parts of the vocabulary whose logits exist at once, when given
+        tokens are scored; it divides the vocabulary's size.
+      compute_dtype: of the activations, "float32" or "bfloat16"; "" is the model's own.
+        Parameters, softmax, logits and log-probabilities stay float32.
+      frozen_dtype: of the parameters that are not trained (reference and judges),
+        "float32" or "bfloat16".
+    """
+
+    remat: str = "none"
+    scan_layers: bool = False
+    num_vocab_chunks: int = 1
+    compute_dtype: str = ""
+    frozen_dtype: str = "float32"
+
+    def __post_init__(self):
+        check_choice("remat", self.remat, ("none", "dots", "full"))
+        check_integer("num_vocab_chunks", self.num_vocab_chunks, 1)
+        check_choice("compute_dtype", self.compute_dtype, ("", "float32", "bfloat16"))
+        check_choice("frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """An optimiser with a warm-up schedule and clipping.
 

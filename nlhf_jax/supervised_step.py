@@ -16,7 +16,6 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from nlhf_jax.optimizers import accumulate_gradients
-from nlhf_jax.sequences import token_log_probs
 from nlhf_jax.types import (
     POLICY,
     ComparisonBatch,
@@ -93,16 +92,16 @@ def _soft_label_loss(
 def _sft_sums(model: LanguageModel, z_loss: float) -> SummedLoss:
     def summed(params: Params, batch: SupervisedBatch, dropout_key: jax.Array | None):
         tokens_BT, mask_BT = batch.targets
-        logits_BTV = model.logits(params, batch.prompts, tokens_BT, dropout_key)
-        nll = -jnp.sum(token_log_probs(logits_BTV, tokens_BT, mask_BT))
-        is_right_BT = jnp.argmax(logits_BTV, axis=-1) == tokens_BT
+        scores = model.token_scores(params, batch.prompts, tokens_BT, dropout_key)
+        nll = -_masked_sum(scores.log_probs_BT, mask_BT)
+        is_right_BT = scores.is_most_likely_BT.astype(nll.dtype)
         sums = {
             "loss/token_nll": nll,
-            "token/accuracy": _masked_sum(is_right_BT.astype(nll.dtype), mask_BT),
+            "token/accuracy": _masked_sum(is_right_BT, mask_BT),
         }
         loss = nll
         if z_loss:
-            log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+            log_z_BT = scores.log_normalizers_BT
             sums["loss/z_loss"] = z_loss * _masked_sum(log_z_BT**2, mask_BT)
             loss = loss + sums["loss/z_loss"]
         return loss, Totals(sums, jnp.sum(mask_BT).astype(nll.dtype))

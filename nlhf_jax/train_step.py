@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.decoding import sample
 from nlhf_jax.optimizers import split_microbatches
-from nlhf_jax.sequences import has_eos, masked_sum, token_log_probs
+from nlhf_jax.sequences import has_eos, masked_sum
 from nlhf_jax.types import (
     POLICY,
     Algorithm,
@@ -110,8 +110,8 @@ def scored_samples(
         tokens_BT, mask_BT = samples[index].responses
 
         def log_probs(weights, tokens_BT=tokens_BT, mask_BT=mask_BT):
-            logits_BTV = model.logits(weights, prompts, tokens_BT, None)
-            return token_log_probs(logits_BTV, tokens_BT, mask_BT)
+            scores = model.token_scores(weights, prompts, tokens_BT, None)
+            return jnp.where(mask_BT, scores.log_probs_BT, 0.0)
 
         under = {
             name: jax.lax.stop_gradient(log_probs(constants[name]))

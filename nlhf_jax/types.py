@@ -121,6 +121,20 @@ class Speaker:
     top_p: float = 1.0
 
 
+class TokenScores(NamedTuple):
+    """What a model says of given tokens, float32 and [B, T] each.
+
+    Attributes:
+      log_probs_BT: log-probability of the token, nats.
+      log_normalizers_BT: log of the sum of exp(logit) over the vocabulary, nats.
+      is_most_likely_BT: True where no token has a larger logit.
+    """
+
+    log_probs_BT: Float[Array, "B T"]
+    log_normalizers_BT: Float[Array, "B T"]
+    is_most_likely_BT: Bool[Array, "B T"]
+
+
 class LanguageModel(NamedTuple):
     """A conditional language model as pure functions of its parameters.
 
@@ -129,6 +143,8 @@ class LanguageModel(NamedTuple):
       logical_axes: parameters' tree with a tuple of logical axis names per leaf.
       logits: (params, prompts, tokens_BT, dropout_key or None) -> float32 logits_BTV,
         where position t predicts tokens_BT[:, t] from the prompt and tokens_BT[:, :t].
+      token_scores: (params, prompts, tokens_BT, dropout_key) -> the `TokenScores` of
+        the tokens under those logits, which need not all exist at once.
       prefill: (params, prompts, max_length) -> (start_tokens_B, cache): reads the
         prompt once. Every leaf of the cache has the row as its first axis, so rows can
         be repeated or gathered with one tree_map.
@@ -143,6 +159,7 @@ class LanguageModel(NamedTuple):
     init: Callable[[jax.Array], Params]
     logical_axes: PyTree
     logits: Callable[..., Float[Array, "B T V"]]
+    token_scores: Callable[..., TokenScores]
     prefill: Callable[[Params, PromptBatch, int], tuple[Int[Array, "B"], Cache]]
     decode_step: Callable[..., tuple[Float[Array, "R V"], Cache]]
     vocab_size: int

@@ -98,6 +98,7 @@ def test_python_m_is_the_same_command():
         (["sfd"], "job must be one of"),
         (["sfd"], "got 'sfd' (did you mean 'sft'?)"),
         (["sft", "--modeldir=x"], "sft has no flag --modeldir (did you mean"),
+        (["sft", "--model_dir=x", "--model_dir", "y"], "--model_dir is given twice"),
         (["sft", "--gin_fil=x"], "(did you mean 'gin_file'?)"),
         (["sft", "--dryrun"], "(did you mean 'dry_run'?)"),
         (["sft", "stray"], "unexpected argument 'stray': flags begin with --"),

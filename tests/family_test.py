@@ -13,6 +13,7 @@ import pytest
 
 from nlhf_jax import losses, selection, train_step
 from nlhf_jax.algorithms import ALGORITHMS
+from nlhf_jax.checks import UserError
 from nlhf_jax.evaluation import exact
 from nlhf_jax.games import matrices, methods, solutions
 from nlhf_jax.models import tabular
@@ -331,6 +332,12 @@ def test_a_round_ends_with_a_small_gap_or_after_its_longest_time(step, gap, is_o
     after = algorithm.update_sets(sets, jnp.array(step), metrics)
     assert int(after["magnet"]["w"][0]) == (9 if is_over else 1)
     assert int(after["previous"]["w"][0]) == (9 if step % 10 == 0 else 0)
+
+
+def test_a_gap_needs_a_policy_that_has_left_its_snapshot():
+    with pytest.raises(UserError, match="inner_gap must be 0 where period is 1"):
+        ALGORITHMS["comal"](tau=TAU, step_size=STEP, period=1, inner_gap=0.1)
+    ALGORITHMS["comal"](tau=TAU, step_size=STEP, period=1)
 
 
 @pytest.mark.parametrize("inner_gap, rounds", [(0.0, 0), (1e6, 3)])

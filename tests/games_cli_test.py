@@ -120,6 +120,7 @@ def test_analyze_says_who_wins_and_who_circles(games):
         (("solve", "skew", "--tau", "-1"), "tau must be in (0.0, 1000000.0], got -1.0"),
         (("solve", "skew", "--tau", "nan"), "tau must be in"),
         (("solve", "skew", "--tau", "x"), "invalid float value: 'x'"),
+        (("solve", "skew", "--tau=0.1", "--tau", "0.2"), "--tau is given twice"),
         (
             ("solve", "skew", "--reference", "0.5,0.5,0"),
             "3 numbers above 0 that sum to 1",

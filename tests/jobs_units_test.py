@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.jobs import collect, folders, generation, runs
+from nlhf_jax.data import tasks, vocabularies
+from nlhf_jax.jobs import collect, evaluate, folders, generation, runs, supervised
 from nlhf_jax.preferences.raters import RaterPopulation
 from nlhf_jax.settings import DataSettings, SamplingSettings, T5Settings
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Responses
@@ -353,3 +354,34 @@ def test_what_ships_is_found_from_every_folder(tmp_path, monkeypatch):
     mine = tmp_path / shipped
     mine.mkdir(parents=True)
     assert folders.resolve(shipped).resolve() == mine.resolve()
+
+
+@pytest.mark.parametrize("text", ['{"x":', '{"x": 1}', "[1]"])
+def test_a_damaged_measure_of_cycles_is_one_sentence(text, tmp_path):
+    (tmp_path / "cyclicity.json").write_text(text)
+    with pytest.raises(UserError, match=r"cyclicity.json is damaged: delete it"):
+        evaluate._read_cyclicity(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [('{"kind":\n', "no JSON from line 2 on"), ("{}", "settings"), ("[]", "")],
+)
+def test_a_damaged_description_is_one_sentence(text, said, tmp_path):
+    (tmp_path / folders.DESCRIPTION_FILE).write_text(text)
+    with pytest.raises(UserError, match="is not a model description: .*" + said) as e:
+        folders.read_description(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_users_file_is_read_before_a_vocabulary_is_made(tmp_path, monkeypatch):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "p", "target": 3}\n')
+    settings = DataSettings(
+        "jsonl", {"inputs": 4, "targets": 4}, train_file=str(path), group_field="prompt"
+    )
+    monkeypatch.setattr(
+        vocabularies, "docstring_vocabulary_path", lambda _: pytest.fail("made one")
+    )
+    with pytest.raises(UserError, match=r"bad\.jsonl line 1"):
+        supervised._vocabulary_path(settings, "", tasks.SUPERVISED)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from nlhf_jax.algorithms import ALGORITHMS
-from tests.policy_devices_worker import RUN
+from tests.policy_devices_worker import MESHES, RUN
 
 HERE = pathlib.Path(__file__).parent
-MESHES = ["data", "all"]
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +42,45 @@ def eight(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_one_and_eight_devices_draw_and_measure_the_same(eight, mesh):
-    # Sums run in another order: the last digits of float32 may differ. Other tokens
-    # would show in the second digit.
-    for one, other in zip(eight["one"]["metrics"], eight[mesh]["metrics"], strict=True):
+each_mesh = pytest.mark.parametrize("mesh", MESHES)
+each_job = pytest.mark.parametrize("job", ["policy", "preference"])
+
+
+@each_job
+@each_mesh
+def test_one_and_eight_devices_draw_and_measure_the_same(eight, job, mesh):
+    # Sums run in another order, and rows in two microbatches: the last digits of
+    # float32 may differ. Other tokens would show in the second digit.
+    found = eight[job]
+    assert len(found["one"]["metrics"]) == 10
+    for one, other in zip(found["one"]["metrics"], found[mesh]["metrics"], strict=True):
         assert set(one) == set(other)
         for name, value in one.items():
-            np.testing.assert_allclose(other[name], value, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                other[name], value, rtol=1e-5, atol=1e-5, err_msg=name
+            )
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_one_and_eight_devices_end_at_the_same_parameters(eight, mesh):
-    pairs = zip(eight["one"]["params"], eight[mesh]["params"], strict=True)
-    for one, other in pairs:
+@each_job
+@each_mesh
+def test_one_and_eight_devices_end_at_the_same_parameters(eight, job, mesh):
+    found = eight[job]
+    for one, other in zip(found["one"]["params"], found[mesh]["params"], strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
 
 
-def test_steps_differ_from_each_other(eight):
-    first, second = eight["one"]["metrics"]
-    assert first["policy/kl"] != second["policy/kl"]
+@each_job
+def test_steps_differ_from_each_other(eight, job):
+    first, *_, last = eight[job]["one"]["metrics"]
+    shared = set(first) & {"policy/kl", "loss/preference"}
+    assert shared and all(first[name] != last[name] for name in shared)
     assert first["optimizer/gradient_norm"] > 0
 
 
+@each_job
 @pytest.mark.parametrize("mesh", ["one", *MESHES])
-def test_the_step_is_compiled_once(eight, mesh):
-    assert eight[mesh]["num_compilations"] == 1
+def test_the_step_is_compiled_once(eight, job, mesh):
+    assert eight[job][mesh]["num_compilations"] == 1
 
 
 @pytest.mark.parametrize("part", ["rollout", "gradient"])
@@ -87,17 +99,18 @@ def test_every_set_and_moment_lies_where_its_parameter_does(eight, name):
     assert found["num_split"] > 10 * found["num_trees"]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_step_keeps_shapes_and_dtypes(eight, name):
-    found = eight["kept"][name]
-    before, after = (
-        {path: one[:2] for path, one in found[when].items()}
-        for when in ("before", "after")
-    )
-    assert before == after
-
-
 @pytest.mark.parametrize("name", RUN)
 def test_a_step_keeps_the_sharding(eight, name):
     found = eight["kept"][name]
     assert found["before"] == found["after"]
+
+
+def test_a_judge_of_another_shape_is_split_too(eight):
+    kernels = {
+        path: spec
+        for path, (shape, _, spec) in eight["judge"].items()
+        if len(shape) > 1
+    }
+    of_the_judge = [spec for path, spec in kernels.items() if "preference" in path]
+    assert len(of_the_judge) == len(kernels) / 2
+    assert all("fsdp" in spec or "tensor" in spec for spec in kernels.values())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy steps on eight fake devices, in a process of its own; writes JSON."""
 
+import dataclasses
 import inspect
 import json
 import sys
@@ -10,23 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nlhf_jax import partitioning, train_step
+from nlhf_jax import partitioning, supervised_step, train_step
 from nlhf_jax.algorithms import ALGORITHMS
+from nlhf_jax.jobs import runs
 from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.preferences.pairwise import pairwise_preference_model
 from nlhf_jax.settings import MeshSettings, T5Settings
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,
+    ComparisonBatch,
     Feedback,
     Judge,
     PromptBatch,
     Responses,
     Samples,
 )
+from tests.preference_models_test import PAIRWISE
 
-RUN = ("egpo", "enpo", "comal")  # half-steps, a follower, a magnet; others are traced
-STEPS, BATCH, PROMPT, LENGTH = 2, 16, 5, 6
-SETTINGS = T5Settings(64, 8, 2, 4, 16, 1, 1)
+RUN = ("egpo", "enpo", "comal")  # half-steps, a follower, a magnet
+STEPS, BATCH, PROMPT, LENGTH = 10, 16, 5, 6
+SETTINGS = T5Settings(64, 8, 4, 2, 16, 1, 1)
+MESHES = {
+    "8 x 1 x 1": MeshSettings(),
+    "1 x 8 x 1": MeshSettings(1, 8, 1),
+    "1 x 2 x 4": MeshSettings(1, 2, 4),
+    "2 x 2 x 2": MeshSettings(2, 2, 2),
+}
 
 
 def judge() -> Judge:
@@ -93,6 +104,51 @@ def train(settings, devices, *, num_microbatches=1):
     }
 
 
+def fit_preference(settings, devices, *, num_microbatches=1):
+    """Returns the same of a preference model that learns which response is larger."""
+    model = pairwise_preference_model(
+        SETTINGS, PAIRWISE, prompt_length=PROMPT, response_length=LENGTH
+    )
+    optimizer = optax.sgd(0.1)
+    mesh = partitioning.make_mesh(settings, devices)
+    params = jax.device_get(model.init(jax.random.key(0)))
+    state = supervised_step.init_state(params, optimizer)
+    lie = partitioning.shardings_for(model.logical_axes, params, mesh)
+    sharding = partitioning.state_shardings(state, lie, params)
+    step_fn = supervised_step.make_preference_step(
+        model, optimizer, num_microbatches=num_microbatches
+    )
+    compiled = partitioning.compile_step(step_fn, mesh, sharding)
+    state, history = jax.device_put(state, sharding), []
+    for step in range(STEPS):
+        rng = np.random.default_rng(step)
+        first, second = (
+            Responses(
+                rng.integers(2, 60, size=(BATCH, LENGTH)).astype(np.int32),
+                np.ones((BATCH, LENGTH), bool),
+            )
+            for _ in range(2)
+        )
+        lead_B = first.tokens_BT.sum(axis=1) > second.tokens_BT.sum(axis=1)
+        batch = ComparisonBatch(prompts(step), first, second, lead_B.astype(np.float32))
+        state, metrics = compiled(state, batch, jax.random.key(0))
+        history.append({name: float(value) for name, value in metrics.items()})
+    leaves = jax.tree.leaves(state.param_sets[POLICY])
+    return {
+        "metrics": history,
+        "params": [np.asarray(leaf).ravel().tolist() for leaf in leaves],
+        "num_compilations": compiled.num_compilations,
+    }
+
+
+def on_every_mesh(job):
+    """Returns what a job finds on one device, and on eight in several ways."""
+    found = {"one": job(MeshSettings(), jax.devices()[:1])}
+    for name, settings in MESHES.items():
+        found[name] = job(settings, None, num_microbatches=2)
+    return found
+
+
 def settings_of(factory):
     """Returns the arguments that an algorithm needs and has no default for."""
     given = {"tau": 0.1, "beta": 0.25, "step_size": 2.0, "decay": 0.5}
@@ -101,7 +157,7 @@ def settings_of(factory):
 
 
 def placed(name):
-    """Returns an algorithm, its step, that on three axes, a first state, and places."""
+    """Returns an algorithm, its step on three axes, a first state, and places."""
     model, optimizer = t5_language_model(SETTINGS), optax.adam(0.01)
     algorithm = ALGORITHMS[name](**settings_of(ALGORITHMS[name]))
     mesh = partitioning.make_mesh(MeshSettings(2, 2, 2))
@@ -121,7 +177,7 @@ def placed(name):
         partitioning.replicated(mesh),
     )
     state = jax.device_put(state, sharding)
-    return algorithm, step_fn, compiled, (state, {REFERENCE: params}), lie
+    return algorithm, compiled, (state, {REFERENCE: params}), lie
 
 
 def described(tree):
@@ -138,18 +194,16 @@ def described(tree):
 
 def kept(name, *, is_run):
     """Returns what a state is like before and after a step, and where copies lie."""
-    algorithm, step_fn, compiled, (state, frozen), lie = placed(name)
+    algorithm, compiled, (state, frozen), lie = placed(name)
     before = described(state)
     same = [
         jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, tree, lie)
         for sets in (state.param_sets.values(), _moments(state))
         for tree in sets
     ]
-    arguments = (state, frozen, prompts(0), jax.random.key(7))
+    after = None
     if is_run:
-        after = described(compiled(*arguments)[0])
-    else:
-        after = described(jax.eval_shape(step_fn, *arguments)[0])
+        after = described(compiled(state, frozen, prompts(0), jax.random.key(7))[0])
     return {
         "before": before,
         "after": after,
@@ -161,6 +215,27 @@ def kept(name, *, is_run):
             "fsdp" in spec or "tensor" in spec for *_, spec in before.values()
         ),
     }
+
+
+def a_judge_of_another_shape():
+    """Returns how a larger frozen judge lies beside a small policy."""
+    model = t5_language_model(SETTINGS)
+    large = t5_language_model(dataclasses.replace(SETTINGS, emb_dim=16, mlp_dim=32))
+    algorithm, optimizer = ALGORITHMS["self_play"](tau=0.1), optax.sgd(0.5)
+    policy, judge_params = (one.init(jax.random.key(0)) for one in (model, large))
+    training = runs.Training(
+        "judged",
+        lambda *arguments: arguments,
+        {REFERENCE: policy, "preference": judge_params},
+        lambda step: None,
+        lambda state: {},
+        {},
+        model.logical_axes,
+        {REFERENCE: model.logical_axes, "preference": large.logical_axes},
+    )
+    state = train_step.init_state(policy, algorithm, optimizer)
+    mesh = partitioning.make_mesh(MeshSettings(2, 2, 2))
+    return described(runs._FrozenStep(training, state, mesh)._frozen)
 
 
 def _moments(state):
@@ -230,11 +305,11 @@ def main(path):
     """Writes everything to `path`."""
     found = {
         "num_devices": jax.device_count(),
-        "one": train(MeshSettings(), jax.devices()[:1]),
-        "data": train(MeshSettings(), None, num_microbatches=2),
-        "all": train(MeshSettings(2, 2, 2), None),
+        "policy": on_every_mesh(train),
+        "preference": on_every_mesh(fit_preference),
         "rollout": collectives_of_the_rollout(),
         "gradient": collectives_of_the_gradient(),
+        "judge": a_judge_of_another_shape(),
         "kept": {name: kept(name, is_run=name in RUN) for name in ALGORITHMS},
     }
     with open(path, "w") as file:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nlhf_jax.sequences import scored_whole
 from nlhf_jax.types import (
     ComparisonBatch,
     LanguageModel,
@@ -53,7 +54,9 @@ def toy_language_model(dropout_rate=0.0, dtype=jnp.float32):
         return (params["embed"][tokens_R] + cache) @ params["out"], cache
 
     axes = {"embed": ("vocab", "embed"), "out": ("embed", "vocab")}
-    return LanguageModel(init, axes, logits, prefill, decode_step, VOCAB, 0, 1)
+    return LanguageModel(
+        init, axes, logits, scored_whole(logits), prefill, decode_step, VOCAB, 0, 1
+    )
 
 
 def _responses_mean_BD(params, responses):

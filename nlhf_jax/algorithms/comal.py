@@ -11,7 +11,7 @@ from nlhf_jax.algorithms.regressions import (
     on_labelled_pairs,
     proximal_anchor,
 )
-from nlhf_jax.checks import check_integer, check_range
+from nlhf_jax.checks import UserError, check_integer, check_range
 from nlhf_jax.parameter_sets import in_turn, moves_when, snapshots
 from nlhf_jax.types import (
     POLICY,
@@ -49,9 +49,10 @@ def comal(
     The gap is that of pi_t in the round's own game, to second order near its
     equilibrium, if the period's steps reached their minimiser: there d is s times
     P(y > pi_t) - tau log pi_t/magnet up to a constant, and the best response to pi_t
-    gains tau log E exp(. / tau) - E of that, Var / (2 tau) to second order. Steps that
-    fall short of their minimiser make it look smaller. It is `comal/inner_gap` in the
-    metrics.
+    gains tau log E exp(. / tau) - E of that, Var / (2 tau) to second order. It is
+    measured before the period's last update, and steps that fall short of their
+    minimiser (too few of them, a small learning rate) make it look smaller. It is
+    `comal/inner_gap` in the metrics.
 
     Args:
       tau: strength of the KL to the magnet, per nat, > 0; large values make short,
@@ -72,6 +73,8 @@ def comal(
     check_integer("period", period, 1)
     check_integer("magnet_period", magnet_period, 1)
     check_range("inner_gap", inner_gap, 0.0)
+    if inner_gap > 0 and period == 1:
+        raise UserError("inner_gap must be 0 where period is 1: pi_t is the policy")
 
     def is_over(step, metrics):
         is_near = (step % period == 0) & (metrics[INNER_GAP] < inner_gap)

@@ -57,6 +57,16 @@ def get_task(
     return task
 
 
+def check_files(settings: DataSettings, kind: Sequence[str]) -> None:
+    """Reads the user's own files for what is wrong with them, before longer work.
+
+    Raises:
+      UserError: a file is missing or malformed.
+    """
+    if settings.mixture_or_task_name == "jsonl":
+        jsonl.read_splits(settings, _JSONL_FIELDS[tuple(kind)])
+
+
 def register(
     name: str,
     source: Any,
@@ -180,6 +190,10 @@ def _debian_or_docstrings(settings: DataSettings, vocabulary: Vocabulary) -> Any
     return _BUILDERS[SUPERVISED][name](chosen, vocabulary)
 
 
+_JSONL_FIELDS = {
+    SUPERVISED: jsonl.PROMPT_FIELDS,
+    COMPARISONS: jsonl.COMPARISON_FIELDS,
+}
 _FIELDS = {
     SUPERVISED: {"inputs": "prompt", "targets": "target"},
     COMPARISONS: {
@@ -190,21 +204,22 @@ _FIELDS = {
     },
 }
 
+
+def _read_jsonl(kind: tuple[str, ...]) -> Callable[[DataSettings], Any]:
+    return lambda settings: jsonl.read_splits(settings, _JSONL_FIELDS[kind])
+
+
 _BUILDERS: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {
     SUPERVISED: {
         "docstrings": _docstrings,
         "docstrings_pretraining": _docstrings_pretraining,
         "debian": _rows_of(SUPERVISED, debian.splits),
         "debian_or_docstrings": _debian_or_docstrings,
-        "jsonl": _rows_of(
-            SUPERVISED, lambda s: jsonl.read_splits(s, jsonl.PROMPT_FIELDS)
-        ),
+        "jsonl": _rows_of(SUPERVISED, _read_jsonl(SUPERVISED)),
         "tldr": _rows_of(SUPERVISED, tldr.prompt_splits),
     },
     COMPARISONS: {
-        "jsonl": _rows_of(
-            COMPARISONS, lambda s: jsonl.read_splits(s, jsonl.COMPARISON_FIELDS)
-        ),
+        "jsonl": _rows_of(COMPARISONS, _read_jsonl(COMPARISONS)),
         "tldr": _rows_of(COMPARISONS, tldr.comparison_splits),
     },
 }

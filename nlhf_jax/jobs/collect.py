@@ -146,7 +146,7 @@ def propose(
     num_prompts = min(num_prompts, data.num_examples)
     rows = np.random.default_rng(seed).permutation(data.num_examples)[:num_prompts]
     prompts = data.take(rows).prompts
-    length = policy.description.feature_lengths["targets"]
+    length = policy.response_length
     columns = []
     with Progress(len(temperatures), "candidates") as bar:
         for index, temperature in enumerate(temperatures):

@@ -217,7 +217,7 @@ def _answer_all(
     batch_size: int,
     seed: int,
 ) -> dict[str, Answers]:
-    length = reference.description.feature_lengths["targets"]
+    length = reference.response_length
     decode = generation.Generator(
         reference.network,
         reference.vocabulary,
@@ -273,7 +273,12 @@ def _read_cyclicity(comparisons_dir: str) -> cyclicity.Cyclicity | None:
     path = pathlib.Path(comparisons_dir) / "cyclicity.json"
     if not comparisons_dir or not path.is_file():
         return None
-    return cyclicity.Cyclicity(**json.loads(path.read_text()))
+    try:
+        return cyclicity.Cyclicity(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: delete it, and `collect` writes it again"
+        ) from error
 
 
 def _examples(

@@ -139,9 +139,15 @@ def find_model_dir(checkpoint: str | pathlib.Path) -> pathlib.Path:
 def _read(folder: pathlib.Path) -> ModelDescription:
     try:
         return ModelDescription.from_json((folder / DESCRIPTION_FILE).read_text())
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(
-            f"{folder / DESCRIPTION_FILE} is not a model description: {error!r}"
+            f"{folder / DESCRIPTION_FILE} is not a model description: no JSON from "
+            f"line {error.lineno} on"
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTION_FILE} is not a model description: "
+            f"{' '.join(map(str, error.args))}"
         ) from error
 
 

@@ -43,6 +43,10 @@ def main(words: Sequence[str]) -> int:
       UserError: an unknown command or flag, a value out of range, or a game that is
         none.
     """
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise UserError(f"{flag} is given twice")
     options = _parser().parse_args(list(words))
     if options.command == "list":
         for name, (players, _) in NAMED.items():

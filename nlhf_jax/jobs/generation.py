@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.decoding import sample
-from nlhf_jax.sequences import sequence_log_probs, token_log_probs
+from nlhf_jax.sequences import sequence_log_probs
 from nlhf_jax.settings import SamplingSettings
 from nlhf_jax.types import (
     POLICY,
@@ -133,9 +133,8 @@ class LogRatio:
 
     def __init__(self, model: LanguageModel, batch_size: int):
         def score(params, prompts, responses) -> Float[Array, "B"]:
-            logits_BTV = model.logits(params, prompts, responses.tokens_BT, None)
-            log_probs_BT = token_log_probs(logits_BTV, *responses)
-            return sequence_log_probs(log_probs_BT, responses.mask_BT)
+            scores = model.token_scores(params, prompts, responses.tokens_BT, None)
+            return sequence_log_probs(scores.log_probs_BT, responses.mask_BT)
 
         def ratio(params, reference, prompts, responses):
             policy_B = score(params, prompts, responses)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +11,10 @@ from jaxtyping import Float
 
 from nlhf_jax import checkpoints
 from nlhf_jax.data import vocabularies
-from nlhf_jax.jobs import folders
+from nlhf_jax.jobs import folders, policies
 from nlhf_jax.jobs.generation import batch_slices, take
 from nlhf_jax.preferences import inputs, judges, pairwise, reward
+from nlhf_jax.settings import MemorySettings
 from nlhf_jax.types import (
     Judge,
     Params,
@@ -24,7 +26,9 @@ from nlhf_jax.types import (
 
 
 def build_preference_model(
-    description: folders.ModelDescription, vocabulary
+    description: folders.ModelDescription,
+    vocabulary,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> PreferenceModel:
     """Returns the pairwise model of a folder's description."""
     return pairwise.pairwise_preference_model(
@@ -32,11 +36,14 @@ def build_preference_model(
         inputs.pairwise_template(lambda text: vocabularies.encode(text, vocabulary)),
         prompt_length=description.feature_lengths["inputs"],
         response_length=description.feature_lengths["targets"],
+        memory=memory,
     )
 
 
 def build_reward_model(
-    description: folders.ModelDescription, vocabulary
+    description: folders.ModelDescription,
+    vocabulary,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> RewardModel:
     """Returns the scalar model of a folder's description."""
     return reward.reward_model(
@@ -44,6 +51,7 @@ def build_reward_model(
         inputs.reward_template(lambda text: vocabularies.encode(text, vocabulary)),
         prompt_length=description.feature_lengths["inputs"],
         response_length=description.feature_lengths["targets"],
+        memory=memory,
     )
 
 
@@ -54,10 +62,12 @@ class LoadedJudge:
     Attributes:
       judge: functions of the frozen parameter sets.
       frozen: "preference" and "reward" parameters, as far as they were given.
+      logical_axes: of those parameters.
     """
 
     judge: Judge
     frozen: dict[str, Params]
+    logical_axes: dict[str, Any]
 
     @functools.cached_property
     def _compiled_preference(self):
@@ -92,9 +102,14 @@ BUILDERS = {"preference": build_preference_model, "reward": build_reward_model}
 
 
 def load_judge(
-    *, preference_checkpoint: str = "", reward_checkpoint: str = ""
+    *,
+    preference_checkpoint: str = "",
+    reward_checkpoint: str = "",
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> LoadedJudge:
     """Builds the judge from the folders named; an empty name leaves that part out.
+
+    Its parameters have the `frozen_dtype` of `memory`.
 
     Raises:
       UserError: a folder is missing or holds another kind of model.
@@ -107,7 +122,9 @@ def load_judge(
             vocabulary = vocabularies.load_vocabulary(
                 folders.vocabulary_file(checkpoint)
             )
-            models[kind] = BUILDERS[kind](description, vocabulary)
-            frozen[kind] = checkpoints.load_params(folders.resolve(checkpoint))
+            models[kind] = BUILDERS[kind](description, vocabulary, memory)
+            params = checkpoints.load_params(folders.resolve(checkpoint))
+            frozen[kind] = policies.as_frozen(params, memory)
     judge = judges.learned_judge(models.get("preference"), models.get("reward"))
-    return LoadedJudge(judge, frozen)
+    axes = {kind: model.logical_axes for kind, model in models.items()}
+    return LoadedJudge(judge, frozen, axes)

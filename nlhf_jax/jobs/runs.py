@@ -8,7 +8,7 @@ import json
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -84,6 +84,7 @@ class Training:
       evaluate: state -> metrics.
       facts: metrics that don't change, written once at the start.
       logical_axes: of the policy's parameters.
+      frozen_axes: of each frozen set's; a judge may have another shape.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Training:
     evaluate: Callable[[TrainState], dict[str, float]]
     facts: dict[str, float | int]
     logical_axes: Any
+    frozen_axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _FrozenStep:
@@ -103,7 +105,7 @@ class _FrozenStep:
         lie = partitioning.shardings_for(training.logical_axes, params, mesh)
         self.state_sharding = partitioning.state_shardings(state, lie, params)
         frozen_sharding = {
-            name: partitioning.state_shardings(tree, lie, params)
+            name: partitioning.shardings_for(training.frozen_axes[name], tree, mesh)
             for name, tree in training.frozen.items()
         }
         self._frozen = jax.device_put(dict(training.frozen), frozen_sharding)

@@ -13,7 +13,7 @@ import numpy as np
 from nlhf_jax import supervised_step
 from nlhf_jax.checks import check_integer
 from nlhf_jax.data import batches as data_batches
-from nlhf_jax.data import vocabularies
+from nlhf_jax.data import tasks, vocabularies
 from nlhf_jax.evaluation import summaries
 from nlhf_jax.jobs import collect, folders, generation, runs
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
@@ -21,6 +21,7 @@ from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    MemorySettings,
     MeshSettings,
     OptimizerSettings,
     SamplingSettings,
@@ -40,6 +41,7 @@ def sft(
     initial_checkpoint_path: str = "",
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
+    memory: MemorySettings = MemorySettings(),  # noqa: B008
 ) -> None:
     """Fine-tunes a T5 language model on prompts and their target responses.
 
@@ -53,18 +55,19 @@ def sft(
       initial_checkpoint_path: model folder to start from; empty starts from scratch.
       num_eval_examples: evaluation examples read, for the loss and for ROUGE.
       mesh: how devices are laid out.
+      memory: what a step computes again or cuts up to fit.
 
     Raises:
       UserError: the data, the vocabulary, the checkpoint or the folder is unusable.
     """
-    vocabulary_path = _vocabulary_path(data, initial_checkpoint_path)
+    vocabulary_path = _vocabulary_path(data, initial_checkpoint_path, tasks.SUPERVISED)
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, model.vocab_size)
     train = data_batches.load_supervised(data, "train", vocabulary)
     held_out = data_batches.load_supervised(data, "evaluation", vocabulary)
     lengths = dict(data.task_feature_lengths)
     description = folders.ModelDescription("language_model", model, lengths)
-    network = t5_language_model(model)
+    network = t5_language_model(model, memory)
     check_integer("num_eval_examples", num_eval_examples, 1)
     rows = np.arange(min(num_eval_examples, held_out.num_examples))
     loss = _mean_over(
@@ -117,6 +120,7 @@ def preference(
     seed: int = 0,
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
+    memory: MemorySettings = MemorySettings(),  # noqa: B008
 ) -> None:
     """Trains the pairwise preference model P(y > y' | x) on labelled comparisons.
 
@@ -133,6 +137,7 @@ def preference(
       seed: of initialisation and data order.
       num_eval_examples: held-out comparisons read at each evaluation.
       mesh: how devices are laid out.
+      memory: what a step computes again or cuts up to fit.
 
     Raises:
       UserError: the data, the checkpoint or the folder is unusable.
@@ -158,6 +163,7 @@ def reward(
     seed: int = 0,
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
+    memory: MemorySettings = MemorySettings(),  # noqa: B008
 ) -> None:
     """Trains a Bradley-Terry reward model on labelled comparisons.
 
@@ -185,6 +191,7 @@ def _train_judge(
     model: T5Settings | None,
     num_eval_examples: int,
     loop: LoopSettings,
+    memory: MemorySettings,
     **how: Any,
 ) -> None:
     if comparisons_dir:
@@ -199,7 +206,7 @@ def _train_judge(
     description = folders.ModelDescription(
         kind, settings, dict(data.task_feature_lengths)
     )
-    network = build(description, vocabulary)
+    network = build(description, vocabulary, memory)
     check_integer("num_eval_examples", num_eval_examples, 1)
     rows = np.arange(min(num_eval_examples, held_out.num_examples))
     loss = _mean_over(make_evaluation(network), held_out, rows, loop.batch_size)
@@ -218,18 +225,22 @@ def _train_judge(
     )
 
 
-def _vocabulary_path(data: DataSettings, checkpoint: str) -> str:
+def _vocabulary_path(data: DataSettings, checkpoint: str, kind: tuple[str, ...]) -> str:
     """The vocabulary that is named, else the checkpoint's, else one of our own."""
     if checkpoint and not data.vocabulary_path:
         return folders.vocabulary_file(checkpoint)
-    return data.vocabulary_path or vocabularies.docstring_vocabulary_path(data)
+    if data.vocabulary_path:
+        return data.vocabulary_path
+    tasks.check_files(data, kind)  # making a vocabulary takes a while
+    return vocabularies.docstring_vocabulary_path(data)
 
 
 def _shape_and_vocabulary(
     data: DataSettings, checkpoint: str, model: T5Settings | None
 ) -> tuple[T5Settings, str]:
     if not checkpoint:
-        return runs.required("model", model), _vocabulary_path(data, "")
+        path = _vocabulary_path(data, "", tasks.COMPARISONS)
+        return runs.required("model", model), path
     kind = folders.kind_of(checkpoint)
     settings = folders.read_description(checkpoint, kind).settings
     return settings, folders.vocabulary_file(checkpoint)

@@ -11,10 +11,11 @@ from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.jobs import folders, judges, runs
 from nlhf_jax.jobs.held_out import HeldOut
-from nlhf_jax.jobs.policies import Policy, load_policy
+from nlhf_jax.jobs.policies import Policy, as_frozen, load_policy
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    MemorySettings,
     MeshSettings,
     OptimizerSettings,
 )
@@ -39,6 +40,7 @@ def train(
     num_updates_per_rollout: int = 1,
     write_sets: tuple[str, ...] = (),
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
+    memory: MemorySettings = MemorySettings(),  # noqa: B008
 ) -> None:
     """Trains a policy with one of the registered algorithms.
 
@@ -63,6 +65,7 @@ def train(
       write_sets: parameter sets besides the policy that are written as models of their
         own when training ends, to MODEL_DIR/sets/NAME.
       mesh: how devices are laid out.
+      memory: what a step computes again, cuts up or halves to fit.
 
     Raises:
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
@@ -71,18 +74,18 @@ def train(
     check_judges(algorithm, preference_checkpoint, reward_checkpoint)
     _check_sets(algorithm, write_sets)
     _check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
-    reference = load_policy(reference_checkpoint)
+    reference = load_policy(reference_checkpoint, memory)
     judge = judges.load_judge(
         # Also where the algorithm asks for rewards only: held-out answers are compared.
         preference_checkpoint=preference_checkpoint,
         reward_checkpoint=reward_checkpoint if _asks_rewards(algorithm) else "",
+        memory=memory,
     )
-    prompts = data_batches.load_supervised(data, "train", reference.vocabulary)
-    held_out = data_batches.load_supervised(data, "evaluation", reference.vocabulary)
-    max_decode_length = (
-        max_decode_length or reference.description.feature_lengths["targets"]
+    prompts, held_out = (
+        data_batches.load_supervised(data, split, reference.vocabulary)
+        for split in ("train", "evaluation")
     )
-    frozen = {REFERENCE: reference.params} | judge.frozen
+    max_decode_length = max_decode_length or reference.response_length
     transformation, rate = runs.optimizer_and_rate(
         optimizer, loop.train_steps * num_updates_per_rollout
     )
@@ -106,7 +109,7 @@ def train(
         runs.Training(
             algorithm.name,
             step_fn,
-            frozen,
+            {REFERENCE: as_frozen(reference.params, memory)} | judge.frozen,
             lambda step: prompts.batch(seed, step, loop.batch_size).prompts,
             HeldOut(
                 reference,
@@ -120,6 +123,7 @@ def train(
             ),
             {"data/truncated_prompts": prompts.num_truncated_prompts},
             network.logical_axes,
+            {REFERENCE: network.logical_axes} | judge.logical_axes,
         ),
         folder=folder,
         initial_state=train_step.init_state(start, algorithm, transformation),

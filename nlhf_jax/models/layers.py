@@ -217,6 +217,11 @@ class FeedForward(nn.Module):
         return out(dropout(hidden))
 
 
+def dropout_module(settings: T5Settings) -> nn.Dropout:
+    """Returns dropout with one mask for all positions of a row, as T5X drops."""
+    return nn.Dropout(settings.dropout_rate, broadcast_dims=(-2,))
+
+
 def key_bias(mask_BS: Bool[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
     """Returns 0 for keys that may be seen and -1e10 for the others."""
     return jnp.where(mask_BS, 0.0, MASKED)[:, None, None, :].astype(jnp.float32)

@@ -9,7 +9,9 @@ Source: Raffel et al., 2020, arXiv 1910.10683; gated activations of version 1.1:
 Shazeer, 2020, arXiv 2002.05202.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nlhf_jax import sequences
 from nlhf_jax.models.layers import (
     MASKED,
     Attention,
@@ -25,10 +28,13 @@ from nlhf_jax.models.layers import (
     FeedForward,
     RelativeBias,
     RMSNorm,
+    dropout_module,
     key_bias,
 )
-from nlhf_jax.settings import T5Settings
-from nlhf_jax.types import LanguageModel, Params, PromptBatch
+from nlhf_jax.models.stacking import through_layers
+from nlhf_jax.models.unembedding import check_chunks, chunked_token_scores
+from nlhf_jax.settings import MemorySettings, T5Settings
+from nlhf_jax.types import LanguageModel, Params, PromptBatch, TokenScores
 
 PAD_ID, EOS_ID, START_ID = 0, 1, 0
 
@@ -60,9 +66,11 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(self.settings)
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = FeedForward(self.settings)
+        self.drop = dropout_module(self.settings)
 
-    def __call__(self, x_BSD, bias, dropout):
+    def __call__(self, x_BSD, bias, use_dropout: bool):
         """Returns the layer's output, [B, S, D]."""
+        dropout = functools.partial(self.drop, deterministic=not use_dropout)
         h_BSD = self.pre_attention_layer_norm(x_BSD)
         x_BSD = x_BSD + dropout(self.attention(h_BSD, bias, dropout))
         h_BSD = self.pre_mlp_layer_norm(x_BSD)
@@ -82,6 +90,7 @@ class DecoderLayer(nn.Module):
         self.encoder_decoder_attention = Attention(self.settings)
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = FeedForward(self.settings)
+        self.drop = dropout_module(self.settings)
 
     def _rest(self, x_BTD, cross, cross_bias, dropout):
         h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
@@ -92,8 +101,9 @@ class DecoderLayer(nn.Module):
         h_BTD = self.pre_mlp_layer_norm(x_BTD)
         return x_BTD + dropout(self.mlp(h_BTD, dropout))
 
-    def __call__(self, x_BTD, encoded_BSD, self_bias, cross_bias, dropout):
+    def __call__(self, x_BTD, encoded_BSD, self_bias, cross_bias, use_dropout: bool):
         """Returns the layer's output on a whole response, [B, T, D]."""
+        dropout = functools.partial(self.drop, deterministic=not use_dropout)
         h_BTD = self.pre_self_attention_layer_norm(x_BTD)
         x_BTD = x_BTD + dropout(self.self_attention(h_BTD, self_bias, dropout))
         cross = self.encoder_decoder_attention.keys_values(encoded_BSD)
@@ -127,20 +137,22 @@ class Encoder(nn.Module):
     """Reads the prompt."""
 
     settings: T5Settings
+    memory: MemorySettings
 
     def setup(self):
         s = self.settings
         self.relpos_bias = RelativeBias(s.num_heads, bidirectional=True)
         self.layers = [EncoderLayer(s) for _ in range(s.num_encoder_layers)]
         self.encoder_norm = RMSNorm(s.dtype)
+        self.drop = dropout_module(s)
 
-    def __call__(self, x_BSD, mask_BS, dropout):
+    def __call__(self, x_BSD, mask_BS, use_dropout: bool):
         """Returns the prompt's encoding, [B, S, D]."""
+        dropout = functools.partial(self.drop, deterministic=not use_dropout)
         positions_S = jnp.arange(x_BSD.shape[1])
         bias = self.relpos_bias(positions_S, positions_S) + key_bias(mask_BS)
         x_BSD = dropout(x_BSD)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, bias, dropout)
+        x_BSD = through_layers(self, EncoderLayer, x_BSD, (bias,), use_dropout)
         return dropout(self.encoder_norm(x_BSD))
 
 
@@ -148,6 +160,7 @@ class Decoder(nn.Module):
     """Writes the response, a whole one (training) or one position at a time."""
 
     settings: T5Settings
+    memory: MemorySettings
 
     def setup(self):
         s = self.settings
@@ -157,24 +170,32 @@ class Decoder(nn.Module):
         if not s.logits_via_embedding:
             # Float32 whatever the activations' dtype, as the tied logits are.
             self.logits_dense = Dense(s.vocab_size, ("embed", "vocab"), "float32")
+        self.drop = dropout_module(s)
 
-    def _logits(self, x_BTD, embedding: Embedding, dropout=lambda x: x):
-        x_BTD = dropout(self.decoder_norm(x_BTD))
+    def logits(self, x_BTD, embedding: Embedding):
+        """Returns the float32 logits of features, [B, T, V]."""
         if self.settings.logits_via_embedding:
             return embedding.attend(x_BTD)
         return self.logits_dense(x_BTD)
 
-    def __call__(self, x_BTD, encoded_BSD, mask_BS, embedding, dropout):
-        """Returns float32 logits of every position, [B, T, V]."""
+    def output_kernel(self, embedding: Embedding) -> Float[Array, "D V"]:
+        """Returns the matrix whose product with features `logits` is."""
+        if self.settings.logits_via_embedding:
+            table_VD = embedding.embedding
+            return table_VD.T / math.sqrt(table_VD.shape[1])
+        return self.logits_dense.variables["params"]["kernel"]
+
+    def __call__(self, x_BTD, encoded_BSD, mask_BS, use_dropout: bool):
+        """Returns what the output layer reads at every position, [B, T, D]."""
+        dropout = functools.partial(self.drop, deterministic=not use_dropout)
         positions_T = jnp.arange(x_BTD.shape[1])
         is_future_TT = positions_T[None, :] > positions_T[:, None]
         causal = jnp.where(is_future_TT, MASKED, 0.0)[None, None]
         self_bias = self.relpos_bias(positions_T, positions_T) + causal
         cross_bias = key_bias(mask_BS)
-        x_BTD = dropout(x_BTD)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, encoded_BSD, self_bias, cross_bias, dropout)
-        return self._logits(x_BTD, embedding, dropout)
+        shared = (encoded_BSD, self_bias, cross_bias)
+        x_BTD = through_layers(self, DecoderLayer, dropout(x_BTD), shared, use_dropout)
+        return dropout(self.decoder_norm(x_BTD))
 
     def start(self, encoded_BSD, mask_BS, max_length: int) -> T5Cache:
         """Returns the cache before the first token."""
@@ -193,7 +214,7 @@ class Decoder(nn.Module):
                 x_R1D, layer_cache, step, self_bias, cross_bias
             )
             layers.append(layer_cache)
-        logits_R1V = self._logits(x_R1D, embedding)
+        logits_R1V = self.logits(self.decoder_norm(x_R1D), embedding)
         return logits_R1V[:, 0], T5Cache(cache.mask_RS, tuple(layers))
 
 
@@ -201,38 +222,46 @@ class T5(nn.Module):
     """The network; its methods are what `t5_language_model` hands out."""
 
     settings: T5Settings
+    memory: MemorySettings
 
     def setup(self):
         s = self.settings
         self.token_embedder = Embedding(s.vocab_size, s.emb_dim, s.dtype)
-        self.encoder = Encoder(s)
-        self.decoder = Decoder(s)
-        # One mask for all positions of a row, as T5X drops: cheap and as good.
-        self.drop = nn.Dropout(s.dropout_rate, broadcast_dims=(-2,))
+        self.encoder = Encoder(s, self.memory)
+        self.decoder = Decoder(s, self.memory)
 
-    def _dropout(self, use_dropout: bool):
-        return functools.partial(self.drop, deterministic=not use_dropout)
-
-    def _encode(self, prompts: PromptBatch, dropout):
+    def _encode(self, prompts: PromptBatch, use_dropout: bool):
         x_BSD = self.token_embedder(prompts.tokens_BS)
-        return self.encoder(x_BSD, prompts.mask_BS, dropout)
+        return self.encoder(x_BSD, prompts.mask_BS, use_dropout)
+
+    def _features(self, prompts: PromptBatch, tokens_BT, use_dropout: bool):
+        encoded_BSD = self._encode(prompts, use_dropout)
+        shifted_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)))
+        x_BTD = self.token_embedder(shifted_BT)
+        return self.decoder(x_BTD, encoded_BSD, prompts.mask_BS, use_dropout)
 
     def __call__(self, prompts: PromptBatch, tokens_BT, use_dropout: bool = False):
         """Returns float32 logits_BTV for teacher-forced responses."""
-        dropout = self._dropout(use_dropout)
-        encoded_BSD = self._encode(prompts, dropout)
-        shifted_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)))
-        return self.decoder(
-            self.token_embedder(shifted_BT),
-            encoded_BSD,
-            prompts.mask_BS,
-            self.token_embedder,
-            dropout,
+        features_BTD = self._features(prompts, tokens_BT, use_dropout)
+        return self.decoder.logits(features_BTD, self.token_embedder)
+
+    def token_scores(self, prompts: PromptBatch, tokens_BT, use_dropout: bool = False):
+        """Returns the `TokenScores` of teacher-forced responses."""
+        features_BTD = self._features(prompts, tokens_BT, use_dropout)
+        num_chunks = self.memory.num_vocab_chunks
+        if num_chunks == 1:
+            logits_BTV = self.decoder.logits(features_BTD, self.token_embedder)
+            return sequences.token_scores(logits_BTV, tokens_BT)
+        return chunked_token_scores(
+            features_BTD.astype(jnp.float32),
+            self.decoder.output_kernel(self.token_embedder).astype(jnp.float32),
+            tokens_BT,
+            num_chunks,
         )
 
     def prefill(self, prompts: PromptBatch, max_length: int) -> T5Cache:
         """Returns the cache of a response not yet begun."""
-        encoded_BSD = self._encode(prompts, self._dropout(False))
+        encoded_BSD = self._encode(prompts, False)
         return self.decoder.start(encoded_BSD, prompts.mask_BS, max_length)
 
     def decode_step(self, cache: T5Cache, tokens_R, step):
@@ -241,18 +270,31 @@ class T5(nn.Module):
         return self.decoder.step(x_R1D, cache, jnp.asarray(step), self.token_embedder)
 
 
-def t5_language_model(settings: T5Settings) -> LanguageModel:
+def t5_language_model(
+    settings: T5Settings,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+) -> LanguageModel:
     """Returns a T5 network as pure functions; equal settings give equal functions.
 
     The parameters are plain nested dicts of float32 arrays with T5X's names, the
     logical axes a tree of the same shape. Padding is id 0, the end token id 1.
+
+    Args:
+      settings: the network.
+      memory: what its passes keep; the parameters do not depend on it.
+
+    Raises:
+      UserError: the chunks of the vocabulary do not divide it.
     """
-    return _t5_language_model(settings)
+    check_chunks(settings.vocab_size, memory.num_vocab_chunks)
+    if memory.compute_dtype:
+        settings = dataclasses.replace(settings, dtype=memory.compute_dtype)
+    return _t5_language_model(settings, memory)
 
 
 @functools.cache
-def _t5_language_model(settings: T5Settings) -> LanguageModel:
-    network = T5(settings)
+def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> LanguageModel:
+    network = T5(settings, memory)
     prompts = PromptBatch(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
 
@@ -262,17 +304,29 @@ def _t5_language_model(settings: T5Settings) -> LanguageModel:
     def init(key: jax.Array) -> Params:
         return nn.unbox(boxed(key))
 
+    def forward(method, params, prompts, tokens_BT, dropout_key):
+        use_dropout = dropout_key is not None and settings.dropout_rate > 0
+        rngs = {"dropout": dropout_key} if use_dropout else None
+        variables = {"params": params}
+        return network.apply(
+            variables, prompts, tokens_BT, use_dropout, rngs=rngs, method=method
+        )
+
     def logits(
         params: Params,
         prompts: PromptBatch,
         tokens_BT: Int[Array, "B T"],
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T V"]:
-        use_dropout = dropout_key is not None and settings.dropout_rate > 0
-        rngs = {"dropout": dropout_key} if use_dropout else None
-        return network.apply(
-            {"params": params}, prompts, tokens_BT, use_dropout, rngs=rngs
-        )
+        return forward(T5.__call__, params, prompts, tokens_BT, dropout_key)
+
+    def token_scores(
+        params: Params,
+        prompts: PromptBatch,
+        tokens_BT: Int[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ) -> TokenScores:
+        return forward(T5.token_scores, params, prompts, tokens_BT, dropout_key)
 
     def prefill(params: Params, prompts: PromptBatch, max_length: int):
         cache = network.apply(
@@ -294,6 +348,7 @@ def _t5_language_model(settings: T5Settings) -> LanguageModel:
             is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
         ),
         logits=logits,
+        token_scores=token_scores,
         prefill=prefill,
         decode_step=decode_step,
         vocab_size=settings.vocab_size,

@@ -18,7 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from nlhf_jax import mixture
 from nlhf_jax.checks import UserError, check_integer, check_range
-from nlhf_jax.sequences import response_mask, sequence_log_probs, token_log_probs
+from nlhf_jax.sequences import (
+    response_mask,
+    scored_whole,
+    sequence_log_probs,
+    token_log_probs,
+)
 from nlhf_jax.types import (
     POLICY,
     LanguageModel,
@@ -85,7 +90,15 @@ def tabular_model(
 
     axes = {"table": ("length", None, "vocab")}
     return LanguageModel(
-        init, axes, logits, prefill, decode_step, vocab_size, pad_id=0, eos_id=eos_id
+        init,
+        axes,
+        logits,
+        scored_whole(logits),
+        prefill,
+        decode_step,
+        vocab_size,
+        pad_id=0,
+        eos_id=eos_id,
     )
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.inputs import PairwiseTemplate, pairwise_input
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.settings import MemorySettings, T5Settings
 from nlhf_jax.types import (
     LanguageModel,
     Params,
@@ -70,6 +70,7 @@ def pairwise_preference_model(
     *,
     prompt_length: int,
     response_length: int,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> PreferenceModel:
     """Returns the preference model; its parameters are a T5 language model's.
 
@@ -78,8 +79,9 @@ def pairwise_preference_model(
       template: words around the document and the responses, as ids.
       prompt_length: tokens of the document that are read, at most.
       response_length: tokens of each response, at most; wider ones raise a UserError.
+      memory: what its passes keep.
     """
-    network = t5_language_model(settings)
+    network = t5_language_model(settings, memory)
 
     def logits(
         params: Params, prompts: PromptBatch, first: Responses, second: Responses

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.inputs import RewardTemplate, reward_input
 from nlhf_jax.preferences.pairwise import last_logit
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.settings import MemorySettings, T5Settings
 from nlhf_jax.types import Params, PromptBatch, Responses, RewardModel
 
 
@@ -23,9 +23,10 @@ def reward_model(
     *,
     prompt_length: int,
     response_length: int,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> RewardModel:
     """Returns the reward model; the arguments are those of the preference model."""
-    network = t5_language_model(settings)
+    network = t5_language_model(settings, memory)
 
     def rewards(
         params: Params, prompts: PromptBatch, responses: Responses
