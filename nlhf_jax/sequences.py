@@ -33,13 +33,18 @@ def token_scores(
     return TokenScores(chosen_BT - normalizer_BT, normalizer_BT, is_largest_BT)
 
 
-def scored_whole(logits: Callable[..., Float[Array, "B T V"]]) -> Callable:
-    """Returns the `token_scores` of a `LanguageModel` that makes all logits at once."""
+def from_all_logits(
+    logits: Callable[..., Float[Array, "B T V"]],
+) -> dict[str, Callable]:
+    """Returns a `LanguageModel`'s words on some tokens, made from all logits."""
 
     def scores(params, prompts, tokens_BT, dropout_key=None) -> TokenScores:
         return token_scores(logits(params, prompts, tokens_BT, dropout_key), tokens_BT)
 
-    return scores
+    def logits_of(params, prompts, tokens_BT, token_id) -> Float[Array, "B T"]:
+        return logits(params, prompts, tokens_BT, None)[..., token_id]
+
+    return {"token_scores": scores, "logits_of": logits_of}
 
 
 def token_log_probs(

@@ -143,6 +143,8 @@ class LanguageModel(NamedTuple):
       logical_axes: parameters' tree with a tuple of logical axis names per leaf.
       logits: (params, prompts, tokens_BT, dropout_key or None) -> float32 logits_BTV,
         where position t predicts tokens_BT[:, t] from the prompt and tokens_BT[:, :t].
+      logits_of: (params, prompts, tokens_BT, token_id) -> the [B, T] of those logits
+        that are one token's, without the others.
       token_scores: (params, prompts, tokens_BT, dropout_key) -> the `TokenScores` of
         the tokens under those logits, which need not all exist at once.
       prefill: (params, prompts, max_length) -> (start_tokens_B, cache): reads the
@@ -159,6 +161,7 @@ class LanguageModel(NamedTuple):
     init: Callable[[jax.Array], Params]
     logical_axes: PyTree
     logits: Callable[..., Float[Array, "B T V"]]
+    logits_of: Callable[[Params, PromptBatch, Array, int], Float[Array, "B T"]]
     token_scores: Callable[..., TokenScores]
     prefill: Callable[[Params, PromptBatch, int], tuple[Int[Array, "B"], Cache]]
     decode_step: Callable[..., tuple[Float[Array, "R V"], Cache]]

@@ -130,6 +130,21 @@ def test_layers_drop_differently_in_a_loop():
     assert f"random_split[shape=({settings.num_encoder_layers},)]" in str(closed)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory", [PLAIN, WAYS[-1]], ids=str)
+def test_the_logits_of_one_token_are_a_column_of_all(shape, memory):
+    network, params = (
+        t5_language_model(SHAPES[shape], memory),
+        parameters(SHAPES[shape]),
+    )
+    prompts, tokens_BT, _ = batch()
+    every_BTV = network.logits(params, prompts, tokens_BT)
+    found_BT = network.logits_of(params, prompts, tokens_BT, 17)
+    np.testing.assert_allclose(found_BT, every_BTV[..., 17], rtol=1e-5, atol=1e-6)
+    closed = jax.make_jaxpr(lambda p: network.logits_of(p, prompts, tokens_BT, 17))
+    assert (3, LENGTH, VOCAB) not in set(shapes_in(closed(params).jaxpr))
+
+
 # --- scores in chunks
 
 

@@ -12,7 +12,7 @@ from nlhf_jax import partitioning
 from nlhf_jax.checkpoints import Checkpointer
 from nlhf_jax.checks import UserError
 from nlhf_jax.optimizers import make_optimizer
-from nlhf_jax.sequences import scored_whole
+from nlhf_jax.sequences import from_all_logits
 from nlhf_jax.settings import MeshSettings, OptimizerSettings
 from nlhf_jax.supervised_step import init_state, make_sft_step
 from nlhf_jax.types import POLICY
@@ -36,7 +36,7 @@ def padded_model():
         logits_BTV = model.logits(params, prompts, tokens_BT, dropout_key)
         return partitioning.constrain(logits_BTV, ("batch", "length", "vocab"))
 
-    return model._replace(init=init, logits=logits, token_scores=scored_whole(logits))
+    return model._replace(init=init, logits=logits, **from_all_logits(logits))
 
 
 def train(settings, devices, name="adamw", num_microbatches=1):

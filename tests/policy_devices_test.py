@@ -70,6 +70,13 @@ def test_one_and_eight_devices_end_at_the_same_parameters(eight, job, mesh):
 
 
 @each_job
+def test_the_parameters_have_moved_much_further_than_that(eight, job):
+    found = eight[job]["one"]
+    pairs = zip(found["params"], found["start"], strict=True)
+    assert max(np.abs(np.subtract(*pair)).max() for pair in pairs) > 1e-2
+
+
+@each_job
 def test_steps_differ_from_each_other(eight, job):
     first, *_, last = eight[job]["one"]["metrics"]
     shared = set(first) & {"policy/kl", "loss/preference"}

@@ -63,11 +63,16 @@ def prompts(step: int) -> PromptBatch:
     return PromptBatch(tokens.astype(np.int32), mask)
 
 
+def flat(params):
+    """Returns every array's numbers as a list."""
+    return [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(params)]
+
+
 def train(settings, devices, *, num_microbatches=1):
     """Returns metrics of each step, the last parameters, and compilations."""
     model = t5_language_model(SETTINGS)
     algorithm = ALGORITHMS["nash_md_pg"](tau=0.1, beta=0.25)
-    optimizer = optax.sgd(0.5)
+    optimizer = optax.sgd(0.1)
     mesh = partitioning.make_mesh(settings, devices)
     params = jax.device_get(model.init(jax.random.key(0)))
     reference = jax.device_get(model.init(jax.random.key(1)))
@@ -96,10 +101,10 @@ def train(settings, devices, *, num_microbatches=1):
     for step in range(STEPS):
         state, metrics = compiled(state, frozen, prompts(step), key)
         history.append({name: float(value) for name, value in metrics.items()})
-    leaves = jax.tree.leaves(state.param_sets[POLICY])
     return {
         "metrics": history,
-        "params": [np.asarray(leaf).ravel().tolist() for leaf in leaves],
+        "start": flat(params),
+        "params": flat(state.param_sets[POLICY]),
         "num_compilations": compiled.num_compilations,
     }
 
@@ -133,10 +138,10 @@ def fit_preference(settings, devices, *, num_microbatches=1):
         batch = ComparisonBatch(prompts(step), first, second, lead_B.astype(np.float32))
         state, metrics = compiled(state, batch, jax.random.key(0))
         history.append({name: float(value) for name, value in metrics.items()})
-    leaves = jax.tree.leaves(state.param_sets[POLICY])
     return {
         "metrics": history,
-        "params": [np.asarray(leaf).ravel().tolist() for leaf in leaves],
+        "start": flat(params),
+        "params": flat(state.param_sets[POLICY]),
         "num_compilations": compiled.num_compilations,
     }
 

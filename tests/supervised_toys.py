@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlhf_jax.sequences import scored_whole
+from nlhf_jax.sequences import from_all_logits
 from nlhf_jax.types import (
     ComparisonBatch,
     LanguageModel,
@@ -55,7 +55,15 @@ def toy_language_model(dropout_rate=0.0, dtype=jnp.float32):
 
     axes = {"embed": ("vocab", "embed"), "out": ("embed", "vocab")}
     return LanguageModel(
-        init, axes, logits, scored_whole(logits), prefill, decode_step, VOCAB, 0, 1
+        init=init,
+        logical_axes=axes,
+        logits=logits,
+        prefill=prefill,
+        decode_step=decode_step,
+        vocab_size=VOCAB,
+        pad_id=0,
+        eos_id=1,
+        **from_all_logits(logits),
     )
 
 

@@ -19,6 +19,7 @@ def quickstart(
     policies: Mapping[str, Stage],
     evaluate: Stage,
     from_scratch: bool = False,
+    preference_starts_from: str = "sft",
 ) -> None:
     """Runs SFT, collects votes, trains both judges and every policy, and reports.
 
@@ -36,6 +37,7 @@ def quickstart(
       policies: policy name -> training job, in the report's order.
       evaluate: plays the tournament and writes the report.
       from_scratch: take `sft_from_scratch` in place of `sft`.
+      preference_starts_from: "sft" or "reward", the judge it goes on from.
 
     Raises:
       UserError: whatever a stage finds wrong with the user's input.
@@ -53,6 +55,7 @@ def quickstart(
         collect=collect,
         preference=preference,
         reward=reward,
+        preference_starts_from=preference_starts_from,
     )
     for name, job in policies.items():
         todo[name] = stages.policy_stage(job, checkpoints[name], where)

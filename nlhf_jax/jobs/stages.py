@@ -5,6 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+from nlhf_jax.checks import check_choice
+
+STARTS = ("sft", "reward")
 Stage = Callable[..., None]
 
 
@@ -17,6 +20,7 @@ def first_stages(
     preference: Stage,
     reward: Stage,
     judge_checkpoint: str = "",
+    preference_starts_from: str = "sft",
 ) -> dict[str, Callable[[], None]]:
     """Returns SFT, votes and both judges, in the order they need each other.
 
@@ -29,14 +33,23 @@ def first_stages(
       preference: trains the preference model.
       reward: trains the reward model.
       judge_checkpoint: where the judges start; empty is the SFT policy.
-    """
+      preference_starts_from: "sft", as the reward model, or "reward": the preference
+        model goes on from the reward model.
 
-    def judge(job: Stage, kind: str) -> Callable[[], None]:
+    Raises:
+      UserError: another `preference_starts_from`.
+    """
+    check_choice("preference_starts_from", preference_starts_from, STARTS)
+
+    def judge(job: Stage, kind: str, start: str) -> Callable[[], None]:
         return lambda: job(
             model_dir=where[kind],
-            initial_checkpoint_path=judge_checkpoint or where["sft"],
+            initial_checkpoint_path=start,
             comparisons_dir=feedback if collect else "",
         )
+
+    start = judge_checkpoint or where["sft"]
+    first = where["reward"] if preference_starts_from == "reward" else start
 
     votes = {
         "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"])
@@ -45,8 +58,8 @@ def first_stages(
         {"SFT": lambda: sft(model_dir=where["sft"])}
         | (votes if collect else {})
         | {
-            "preference model": judge(preference, "preference"),
-            "reward model": judge(reward, "reward"),
+            "reward model": judge(reward, "reward", start),
+            "preference model": judge(preference, "preference", first),
         }
     )
 

@@ -245,6 +245,12 @@ class T5(nn.Module):
         features_BTD = self._features(prompts, tokens_BT, use_dropout)
         return self.decoder.logits(features_BTD, self.token_embedder)
 
+    def logits_of(self, prompts: PromptBatch, tokens_BT, token_id: int):
+        """Returns the float32 logits of one token at every position, [B, T]."""
+        features_BTD = self._features(prompts, tokens_BT, False).astype(jnp.float32)
+        kernel_DV = self.decoder.output_kernel(self.token_embedder)
+        return features_BTD @ kernel_DV[:, token_id].astype(jnp.float32)
+
     def token_scores(self, prompts: PromptBatch, tokens_BT, use_dropout: bool = False):
         """Returns the `TokenScores` of teacher-forced responses."""
         features_BTD = self._features(prompts, tokens_BT, use_dropout)
@@ -328,6 +334,16 @@ def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> Language
     ) -> TokenScores:
         return forward(T5.token_scores, params, prompts, tokens_BT, dropout_key)
 
+    def logits_of(
+        params: Params,
+        prompts: PromptBatch,
+        tokens_BT: Int[Array, "B T"],
+        token_id: int,
+    ) -> Float[Array, "B T"]:
+        return network.apply(
+            {"params": params}, prompts, tokens_BT, token_id, method=T5.logits_of
+        )
+
     def prefill(params: Params, prompts: PromptBatch, max_length: int):
         cache = network.apply(
             {"params": params}, prompts, max_length, method=T5.prefill
@@ -348,6 +364,7 @@ def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> Language
             is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
         ),
         logits=logits,
+        logits_of=logits_of,
         token_scores=token_scores,
         prefill=prefill,
         decode_step=decode_step,

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from nlhf_jax import mixture
 from nlhf_jax.checks import UserError, check_integer, check_range
 from nlhf_jax.sequences import (
+    from_all_logits,
     response_mask,
-    scored_whole,
     sequence_log_probs,
     token_log_probs,
 )
@@ -90,15 +90,15 @@ def tabular_model(
 
     axes = {"table": ("length", None, "vocab")}
     return LanguageModel(
-        init,
-        axes,
-        logits,
-        scored_whole(logits),
-        prefill,
-        decode_step,
-        vocab_size,
+        init=init,
+        logical_axes=axes,
+        logits=logits,
+        prefill=prefill,
+        decode_step=decode_step,
+        vocab_size=vocab_size,
         pad_id=0,
         eos_id=eos_id,
+        **from_all_logits(logits),
     )
 
 

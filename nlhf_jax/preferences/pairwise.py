@@ -50,10 +50,8 @@ def last_logit(
     is_read_BT = read.mask_BT & (read.tokens_BT != network.eos_id)
     tokens_BT = jnp.where(is_read_BT, read.tokens_BT, 0)
     # Position t predicts what follows the first t tokens, so one more is needed.
-    logits_BTV = network.logits(
-        params, inputs, jnp.pad(tokens_BT, ((0, 0), (0, 1))), None
-    )
-    score_BT = logits_BTV[:, :, answer_id]
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, 1)))
+    score_BT = network.logits_of(params, inputs, tokens_BT, answer_id)
     num_read_B1 = is_read_BT.sum(axis=1, keepdims=True)
     return jnp.take_along_axis(score_BT, num_read_B1, axis=1)[:, 0]
 
