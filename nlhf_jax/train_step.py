@@ -96,6 +96,19 @@ def score(
     return jax.lax.stop_gradient(Feedback(preferences, rewards))
 
 
+def judged(
+    algorithm: Algorithm,
+    judge: Judge,
+    frozen: ParamSets,
+    prompts: PromptBatch,
+    samples: tuple[Samples, ...],
+) -> Examples:
+    """Returns what an update learns from: samples and answers, as far as selected."""
+    responses = tuple(one.responses for one in samples)
+    feedback = score(algorithm, judge, frozen, prompts, responses)
+    return (prompts, *algorithm.select(samples, feedback))
+
+
 def scored_samples(
     model: LanguageModel,
     algorithm: Algorithm,
@@ -279,20 +292,17 @@ def train_step(
             state.step,
             max_length=max_length,
         )
-        responses = tuple(one.responses for one in drawn.samples)
-        feedback = score(part, judge, frozen, prompts, responses)
-        samples, feedback = part.select(drawn.samples, feedback)
         state, metrics = update(
             model,
             part,
             optimizer,
             state,
             constants,
-            (prompts, samples, feedback),
+            judged(part, judge, frozen, prompts, drawn.samples),
             num_microbatches=num_microbatches,
             num_updates=num_updates_per_rollout,
         )
-        ended_B = has_eos(*responses[0], model.eos_id)
+        ended_B = has_eos(*drawn.samples[0].responses, model.eos_id)
         metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
         metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
         return state, metrics

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from nlhf_jax import train_step
 from nlhf_jax.algorithms import ALGORITHMS
@@ -15,7 +16,7 @@ from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
 from nlhf_jax.types import POLICY, REFERENCE
-from tests.algorithms_test import SKEWED, TAU, each_algorithm, without_bonus
+from tests.algorithms_test import SKEWED, TABLE, TAU, without_bonus
 
 REWARD = np.array([0.06, -0.02, 0.04])
 STEPS, BATCH = 1500, 512
@@ -49,7 +50,10 @@ def train(algorithm, *, steps=STEPS, seed=0):
     return solutions.normalise(np.asarray(table[0, 0], np.float64))
 
 
-@each_algorithm
+# Of fifteen responses by five speakers there are too many combinations to enumerate.
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if len(row.make().speakers) < 5], ids=lambda r: r.name
+)
 def test_sampled_gradients_average_to_the_exact_one(row):
     # Rollout, judge and loss of the train step, on responses that end early: 400
     # batches of 256, each entry within 4.5 standard errors of the enumeration.
@@ -65,9 +69,7 @@ def test_sampled_gradients_average_to_the_exact_one(row):
         drawn = train_step.rollout(
             model, algorithm, sets, prompts, key, jnp.zeros((), int), max_length=LENGTH
         )
-        responses = tuple(samples.responses for samples in drawn.samples)
-        feedback = train_step.score(algorithm, judge, {}, prompts, responses)
-        examples = (prompts, drawn.samples, feedback)
+        examples = train_step.judged(algorithm, judge, {}, prompts, drawn.samples)
         return train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
 
     keys = jax.random.split(jax.random.key(0), 400)

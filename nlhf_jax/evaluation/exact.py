@@ -16,7 +16,7 @@ from jaxtyping import Float
 from nlhf_jax.checks import UserError
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
-from nlhf_jax.train_step import score, scored_samples
+from nlhf_jax.train_step import judged, scored_samples
 from nlhf_jax.types import (
     POLICY,
     Algorithm,
@@ -75,9 +75,8 @@ def expected_gradient(
             for speaker, responses in zip(algorithm.speakers, drawn, strict=True)
         )
         log_weight_B = sum(one.sampling_log_probs_BT.sum(axis=1) for one in samples)
-        feedback = score(algorithm, judge, {}, context, drawn)
-        samples, feedback = algorithm.select(samples, feedback)
-        scored = scored_samples(model, algorithm, params, constants, context, samples)
+        _, chosen, feedback = judged(algorithm, judge, {}, context, samples)
+        scored = scored_samples(model, algorithm, params, constants, context, chosen)
         loss_B = algorithm.loss(scored, feedback).loss_B
         return jnp.sum(jnp.exp(log_weight_B) * loss_B)
 
