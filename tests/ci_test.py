@@ -28,7 +28,9 @@ def clone(tmp_path):
 def run(clone, log: str, tests_exit: int = 0, ruff_exit: int = 0):
     """Runs the script and returns (exit code, lines of its output)."""
     (clone / "launch" / "here.py").write_text(
-        f"import sys\nassert sys.argv[1:] == ['tests']\nprint({log!r})\n"
+        "import sys\nassert sys.argv[1] == 'tests'\n"
+        "assert all(flag.startswith('--durations') for flag in sys.argv[2:])\n"
+        f"print({log!r})\n"
         f"sys.exit({tests_exit})\n"
     )
     python = clone / ".venv" / "bin" / "python"
