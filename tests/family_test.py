@@ -128,6 +128,11 @@ def test_enpo_without_its_bonus_is_mirror_descent_whoever_proposes(
     found = minimiser(algorithm, game, sets)
     known = exact_step(game, previous, previous)
     np.testing.assert_allclose(found, known, rtol=0, atol=1e-10)
+    # The search ends with an error of its own; at the step itself nothing is left.
+    judge = table_judge(MODEL, game, np.zeros(3))
+    at_the_step = sets | {POLICY: logits_of(known)}
+    left = exact.expected_gradient(MODEL, algorithm, judge, at_the_step, 1)
+    np.testing.assert_allclose(left["table"], 0.0, rtol=0, atol=EXACT)
     tabular_step = methods.mirror_descent(
         methods.Game(jnp.asarray(game), jnp.asarray(MU), TAU),
         methods.begin(
