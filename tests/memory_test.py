@@ -118,16 +118,18 @@ def test_what_is_computed_again_drops_the_same(memory):
     )
 
 
-def test_layers_drop_differently_in_a_loop():
-    # Equal weights in all layers: equal masks would make the encoder's layers commute
-    # with any renaming, so a sum over keys is compared with one key for all.
+@pytest.mark.parametrize("memory", [PLAIN, MemorySettings(scan_layers=True)], ids=str)
+def test_every_layer_draws_what_it_drops_with_a_key_of_its_own(memory, monkeypatch):
     settings = dataclasses.replace(SHAPES["1.1"], dropout_rate=0.5)
-    network = t5_language_model(settings, MemorySettings(scan_layers=True))
-    prompts, tokens_BT, _ = batch()
-    closed = jax.make_jaxpr(
-        lambda key: network.logits(parameters(settings), prompts, tokens_BT, key)
-    )(jax.random.key(0))
-    assert f"random_split[shape=({settings.num_encoder_layers},)]" in str(closed)
+    loss, params = loss_of(settings, memory, jax.random.key(3)), parameters(settings)
+    own, again = float(loss(params)), float(loss(params))
+    split = jax.random.split
+    monkeypatch.setattr(
+        jax.random, "split", lambda key, num=2: jnp.stack([split(key, num)[0]] * num)
+    )
+    shared = float(loss(params))
+    assert own == again
+    assert shared != pytest.approx(own, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
