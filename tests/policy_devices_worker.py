@@ -68,6 +68,18 @@ def flat(params):
     return [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(params)]
 
 
+def compiled_on(mesh, step_fn, state_sharding, reference_sharding):
+    """Returns the policy step with every argument in its place."""
+    return partitioning.compile_step(
+        step_fn,
+        mesh,
+        state_sharding,
+        {REFERENCE: reference_sharding},
+        partitioning.batch_sharding(mesh),
+        partitioning.replicated(mesh),
+    )
+
+
 def train(settings, devices, *, num_microbatches=1):
     """Returns metrics of each step, the last parameters, and compilations."""
     model = t5_language_model(SETTINGS)
@@ -87,14 +99,7 @@ def train(settings, devices, *, num_microbatches=1):
         max_length=LENGTH,
         num_microbatches=num_microbatches,
     )
-    compiled = partitioning.compile_step(
-        step_fn,
-        mesh,
-        sharding,
-        {REFERENCE: lie},
-        partitioning.batch_sharding(mesh),
-        partitioning.replicated(mesh),
-    )
+    compiled = compiled_on(mesh, step_fn, sharding, lie)
     key, frozen = jax.random.key(7), {REFERENCE: jax.device_put(reference, lie)}
     state = jax.device_put(state, sharding)
     history = []
@@ -173,14 +178,7 @@ def placed(name):
     step_fn = train_step.make_train_step(
         model, algorithm, judge(), optimizer, max_length=LENGTH
     )
-    compiled = partitioning.compile_step(
-        step_fn,
-        mesh,
-        sharding,
-        {REFERENCE: lie},
-        partitioning.batch_sharding(mesh),
-        partitioning.replicated(mesh),
-    )
+    compiled = compiled_on(mesh, step_fn, sharding, lie)
     state = jax.device_put(state, sharding)
     return algorithm, compiled, (state, {REFERENCE: params}), lie
 
