@@ -20,6 +20,7 @@ def found():
     return rollout.measure(rollout.SIZES["tiny"], 1)
 
 
+@pytest.mark.battery
 def test_everything_is_compiled_once(found):
     assert set(found["compilations"].values()) == {1}
     assert {"fused", "policy", "mixture", "step", "score", "update"} <= {
@@ -27,12 +28,14 @@ def test_everything_is_compiled_once(found):
     }
 
 
+@pytest.mark.battery
 def test_no_decode_ends_early(found):
     length = rollout.SIZES["tiny"].response_length
     assert found["decode_steps"].pop("twice_as_long") == 2 * length
     assert set(found["decode_steps"].values()) == {length}
 
 
+@pytest.mark.battery
 def test_each_goal_has_a_figure_of_one_ratio_a_round(found):
     goals = [figure.goal for figure in found["figures"]]
     assert goals == [1.0, 1.1, 2.2, None]
@@ -40,6 +43,7 @@ def test_each_goal_has_a_figure_of_one_ratio_a_round(found):
     assert all(figure.median > 0 for figure in found["figures"])
 
 
+@pytest.mark.battery
 def test_the_program_prints_and_writes_what_was_measured(
     found, tmp_path, capsys, monkeypatch
 ):

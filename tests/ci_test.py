@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PASSED = "7 passed in 0.10s"
+PASSED, BATTERY = "7 passed in 0.10s", "3 passed, 7 deselected in 0.20s"
 SKIPPED = "SKIPPED [2] tests/report_test.py:31: no headless browser here"
 
 
@@ -25,13 +25,21 @@ def clone(tmp_path):
     return tmp_path
 
 
-def run(clone, log: str, tests_exit: int = 0, ruff_exit: int = 0):
+def run(
+    clone,
+    log: str,
+    tests_exit: int = 0,
+    ruff_exit: int = 0,
+    battery: str = BATTERY,
+    battery_exit: int = 0,
+):
     """Runs the script and returns (exit code, lines of its output)."""
     (clone / "launch" / "here.py").write_text(
         "import sys\nassert sys.argv[1] == 'tests'\n"
-        "assert all(flag.startswith('--durations') for flag in sys.argv[2:])\n"
-        f"print({log!r})\n"
-        f"sys.exit({tests_exit})\n"
+        "flags = [f for f in sys.argv[2:] if not f.startswith('--durations')]\n"
+        "assert flags in ([], ['-m', 'battery', '--dist', 'loadfile'])\n"
+        f"print({battery!r} if flags else {log!r})\n"
+        f"sys.exit({battery_exit} if flags else {tests_exit})\n"
     )
     python = clone / ".venv" / "bin" / "python"
     python.write_text(f"#!/bin/sh\nexit {ruff_exit}\n")
@@ -50,8 +58,8 @@ def run(clone, log: str, tests_exit: int = 0, ruff_exit: int = 0):
 def test_passes_and_closes_with_the_summary(clone):
     code, lines = run(clone, f"....... [100%]\n{PASSED}")
     assert code == 0
-    assert lines[-2].startswith("ci: 0 tests skipped")
-    assert lines[-1] == PASSED
+    assert lines[-3].startswith("ci: 0 tests skipped")
+    assert lines[-2:] == [PASSED, BATTERY]
 
 
 @pytest.mark.parametrize(
@@ -59,14 +67,14 @@ def test_passes_and_closes_with_the_summary(clone):
 )
 def test_reads_either_form_of_the_summary(clone, summary):
     code, lines = run(clone, summary)
-    assert (code, lines[-1]) == (0, summary)
+    assert (code, lines[-2]) == (0, summary)
 
 
 def test_expected_skip_is_counted(clone):
     code, lines = run(clone, f"{SKIPPED}\n{PASSED}")
     assert code == 0
     assert f"ci: expected skip: {SKIPPED}" in lines
-    assert lines[-2].startswith("ci: 2 tests skipped")
+    assert lines[-3].startswith("ci: 2 tests skipped")
 
 
 @pytest.mark.parametrize("allowed", ["no second device\n", "", "# nothing\n\n"])
@@ -88,6 +96,18 @@ def test_failed_tests_fail(clone):
     code, lines = run(clone, "1 failed, 6 passed in 0.1s", tests_exit=1)
     assert code == 1
     assert not any(line.startswith("ci:") for line in lines)
+
+
+def test_the_battery_fails_it(clone):
+    code, lines = run(clone, PASSED, battery="1 failed in 0.1s", battery_exit=1)
+    assert code == 1
+    assert not any(line.startswith("ci:") for line in lines)
+
+
+def test_skips_of_the_battery_are_judged_too(clone):
+    code, lines = run(clone, PASSED, battery=f"{SKIPPED}\n{BATTERY}")
+    assert code == 0
+    assert lines[-3].startswith("ci: 2 tests skipped")
 
 
 def test_linter_fails_it(clone):

@@ -60,6 +60,7 @@ def test_the_figure_has_a_panel_per_tau():
     ]
 
 
+@pytest.mark.battery
 def test_the_command_prints_every_method(tmp_path, capsys):
     plot = tmp_path / "regret.png"
     words = ["exploration", *FEW, "--taus=(0.1,)", f"--plot={plot}"]

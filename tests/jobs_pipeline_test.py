@@ -26,6 +26,7 @@ from nlhf_jax.settings import (
     OptimizerSettings,
     T5Settings,
 )
+from tests.battery import all_but
 
 # The first test waits for all jobs before its own.
 pytestmark = pytest.mark.timeout(280)
@@ -240,7 +241,7 @@ def test_the_judges_describe_what_they_are(preference_model, reward_model):
         assert np.isfinite(loss).all() and len(loss) == 1
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", all_but(["nash_md_pg", "reward_pg"], ALGORITHMS))
 def test_every_algorithm_trains_and_is_evaluated(work, run_train, name):
     folder = run_train(work / name, name)
     rows = read_rows(folder)
@@ -252,6 +253,7 @@ def test_every_algorithm_trains_and_is_evaluated(work, run_train, name):
     assert folders.kind_of(folder) == "language_model"
 
 
+@pytest.mark.battery
 def test_a_player_beside_the_policy_is_trained_saved_and_resumed(work, run_train):
     enpo = algorithms.enpo(tau=0.1, step_size=4.0, num_comparators=1, period=2)
     more = {"algorithm": enpo, "num_gap_samples": 0}

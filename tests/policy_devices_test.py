@@ -16,6 +16,9 @@ from tests.policy_devices_worker import MESHES, RUN
 HERE = pathlib.Path(__file__).parent
 
 
+pytestmark = pytest.mark.battery
+
+
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """What `policy_devices_worker.py` found on eight fake devices."""

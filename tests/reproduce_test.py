@@ -82,6 +82,7 @@ def whole(work):  # noqa: F811
     return arguments, work / "whole"
 
 
+@pytest.mark.battery
 def test_it_writes_both_tables_and_the_sweep(whole):
     _, folder = whole
     text = (folder / "reproduction.md").read_text()
@@ -93,6 +94,7 @@ def test_it_writes_both_tables_and_the_sweep(whole):
     assert (folder / "sweeps" / "tau" / "report.html").is_file()
 
 
+@pytest.mark.battery
 def test_the_average_is_another_policy_than_the_last(whole):
     _, folder = whole
     last = checkpoints.load_params(folder / "policies" / "EMA1")
@@ -114,6 +116,7 @@ def killed_at(monkeypatch, count):
     monkeypatch.setattr(checkpoints.Checkpointer, "save", dying)
 
 
+@pytest.mark.battery
 def test_killed_twice_it_ends_in_the_same_tables(whole, work, monkeypatch):  # noqa: F811
     arguments, folder = whole
     again = work / "again"
@@ -130,6 +133,7 @@ def test_killed_twice_it_ends_in_the_same_tables(whole, work, monkeypatch):  # n
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+@pytest.mark.battery
 def test_what_is_complete_is_not_played_again(whole, capsys):
     arguments, folder = whole
     before = (folder / "report.html").stat().st_mtime_ns

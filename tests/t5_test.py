@@ -313,10 +313,10 @@ def test_no_key_means_no_dropout_and_a_key_draws():
     dropped = logits(params, prompts, tokens_BT, key)
     assert jnp.array_equal(logits(params, prompts, tokens_BT, key), dropped)
     assert not jnp.allclose(logits(params, prompts, tokens_BT, other), dropped)
-    _, cache = model.prefill(params, prompts, LENGTH)
+    _, cache = jax.jit(model.prefill, static_argnums=2)(params, prompts, LENGTH)
     start_B = jnp.zeros(BATCH, jnp.int32)
-    first_BV, _ = model.decode_step(params, cache, start_B, 0)
-    exact_BTV = model.logits(params, prompts, tokens_BT)
+    first_BV, _ = jax.jit(model.decode_step)(params, cache, start_B, 0)
+    exact_BTV = logits(params, prompts, tokens_BT)
     np.testing.assert_allclose(first_BV, exact_BTV[:, 0], atol=1e-5)
     assert not jnp.allclose(dropped[:, 0], exact_BTV[:, 0], atol=1e-2)
 
