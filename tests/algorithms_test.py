@@ -33,6 +33,7 @@ from nlhf_jax.types import (
     ScoredSample,
     Speaker,
 )
+from tests.battery import all_but
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TAU, EXACT = 0.05, 1e-12
@@ -384,9 +385,14 @@ TABLE = [
 # With a bonus that moves the fixed point where no closed form is known.
 BONUS = Row("xpo", {"tau": TAU, "alpha": 0.02}, logistic(THE_REFERENCE, 0.02), gibbs)
 each_algorithm = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
-# One row for each name, for tests that take long and do not depend on the settings.
+# One row for each name, for tests that take long and do not depend on the settings. The
+# suite runs one of each shape: a player beside the policy, two half-steps, an average,
+# groups, pairs.
+SHORT = ("self_play", "nash_md_pg", "nash_ema_pg", "grpo", "online_dpo", "egpo", "enpo")
 each_name = pytest.mark.parametrize(
-    "row", {row.name: row for row in TABLE}.values(), ids=lambda row: row.name
+    "row",
+    all_but(SHORT, {row.name: row for row in TABLE}.values(), lambda row: row.name),
+    ids=lambda row: row.name,
 )
 
 
@@ -654,14 +660,10 @@ def losses_of(row, mask, log_probs, others, preference=0.5, reward=0.0):
     return algorithm.loss((sample,) * len(algorithm.trained_on), feedback).loss_B
 
 
-without_bonus = pytest.mark.parametrize(
-    "row",
-    [row for row in TABLE if not row.settings.get("alpha")],
-    ids=lambda row: row.name,
-)
+WITHOUT_BONUS = [row for row in TABLE if not row.settings.get("alpha")]
 
 
-@without_bonus
+@pytest.mark.parametrize("row", WITHOUT_BONUS, ids=lambda row: row.name)
 def test_a_tie_at_the_reference_moves_nothing_in_any_sample(row):
     log_probs = np.log(np.full((2, 3), 0.3))
 

@@ -116,6 +116,7 @@ def test_linter_fails_it(clone):
 
 def test_a_run_without_tests_fails(clone):
     assert run(clone, "no tests ran in 0.01s")[0] != 0
+    assert run(clone, PASSED, battery="no tests ran in 0.01s")[0] != 0
 
 
 def test_every_expected_skip_has_a_reason_above_it():

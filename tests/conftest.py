@@ -19,6 +19,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Drops a file's compiled programs after it; together they fill gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def compiled_quickly():
     """For many small programs that run a moment: what is compiled is not tuned."""

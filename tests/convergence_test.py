@@ -328,6 +328,7 @@ def figures(cell):
     return tuple(float(text.replace("?", "nan")) for text in found.groups())
 
 
+@pytest.mark.battery
 def test_the_readme_shows_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     printed = text[text.index("| algorithm | cyclic") :].partition("\n\n")[0]

@@ -137,7 +137,7 @@ def test_parameters_and_logical_axes_are_those_of_t5x(settings):
 def test_initialisers_have_the_scales_of_t5x():
     """Standard deviations; that of n draws has the relative error 1 / sqrt(2 n)."""
     s = T5Settings(500, 128, 4, 16, 256, 1, 1)
-    params = t5_language_model(s).init(jax.random.key(3))
+    params = jax.jit(t5_language_model(s).init)(jax.random.key(3))
     layer, joined = params["decoder"]["layers_0"], s.num_heads * s.head_dim
     attention, mlp = layer["self_attention"], layer["mlp"]
     expected = {
