@@ -10,19 +10,20 @@ notice a flipped bit, and a state with a NaN in it is never written.
 """
 
 import logging
-import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jaxtyping import Array, Bool, PyTree, UInt32
+from jaxtyping import Array, PyTree
 
+from nlhf_jax import distributed, global_arrays
 from nlhf_jax.checks import UserError, check_integer
+from nlhf_jax.checksums import inspect
 from nlhf_jax.parameter_files import (
     PARAMS_FILE,
     CheckpointError,
@@ -38,38 +39,15 @@ _STATE, _META = "state", "meta"
 
 __all__ = ["CheckpointError", "Checkpointer", "load_params", "save_params"]
 
+Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-def _checksum(array: Array) -> UInt32[Array, ""]:
-    """Sum of the array's words, each times an odd number of its position, mod 2^32.
-
-    Any one flipped bit changes it; it does not depend on the layout over devices.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    width = min(array.dtype.itemsize, 4)
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
-    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        position += along * jnp.uint32(stride)
-    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
-
-
-@jax.jit
-def _inspect(state: PyTree) -> tuple[list[Bool[Array, ""]], list[UInt32[Array, ""]]]:
-    """Returns whether each array is finite, and the checksum of each."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(state)]
-    return [jnp.isfinite(leaf).all() for leaf in leaves], [
-        _checksum(leaf) for leaf in leaves
-    ]
-
-
 class Checkpointer:
-    """Saves and restores the train state of one run; at most one writer per folder.
+    """Saves and restores the train state of one run; at most one run per folder.
+
+    Each process writes the parts on its own devices into one checkpoint, which any
+    number of processes restores; all must call each method.
 
     Saving is asynchronous: `save` returns when the arrays are copied, and a failure to
     write them is raised by the next `save`, `wait` or `close`. A caller that ends
@@ -84,12 +62,7 @@ class Checkpointer:
         """
         check_integer("keep", keep, 1)
         self.folder = pathlib.Path(folder).expanduser().absolute()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"checkpoint folder {str(folder)!r} cannot be made: {error.strerror}"
-            ) from error
+        distributed.first_does("checkpoint folder", lambda: _make(self.folder))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -101,6 +74,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if distributed.is_peer_loss(exception[1]):
+            return  # a save that needs who is gone never ends
         try:
             self.close()
         except Exception as error:
@@ -127,7 +102,8 @@ class Checkpointer:
             newest checkpoint, or this or the previous checkpoint cannot be written.
         """
         where = f"checkpoint {step} in {self.folder}"
-        finite, checksums = jax.device_get(_inspect(state))
+        distributed.barrier("checkpoint")
+        finite, checksums = inspect(state)
         bad = [n for n, ok in zip(names_of(state), finite, strict=True) if not ok]
         if bad:
             raise CheckpointError(
@@ -157,8 +133,8 @@ class Checkpointer:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns the facts saved beside the state of `step`."""
-        args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=args)[_META]
+        handler, folder = ocp.JsonCheckpointHandler(), self.folder / str(step) / _META
+        return handler.restore(epath.Path(folder), args=ocp.args.JsonRestore())
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Returns the state saved at `step`, or at the newest good one before it.
@@ -198,20 +174,27 @@ class Checkpointer:
         )
 
     def _restore_one(self, step: int, abstract: TrainState) -> TrainState:
-        stored = _stored_arrays(self.folder / str(step))
+        folder = self.folder / str(step)
+        stored = _together(lambda: _stored_arrays(folder))
         check_same_arrays(f"checkpoint {step} in {self.folder}", stored, abstract)
-        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
-        state = self._manager.restore(step, args=args)[_STATE]
-        _, checksums = jax.device_get(_inspect(state))
-        _compare_checksums(names_of(state), checksums, self.read_meta(step))
+        args = ocp.args.StandardRestore(abstract)
+        # Not the manager's: in it the others would wait for who finds damage.
+        handler = ocp.StandardCheckpointHandler()
+        place = epath.Path(folder / _STATE)
+        state = _together(lambda: handler.restore(place, args=args))
+        meta = _together(lambda: self.read_meta(step))
+        _, checksums = inspect(state)
+        _compare_checksums(names_of(state), checksums, meta)
         return state
 
     def _set_aside(self, steps: list[int]) -> None:
-        for step in steps:
-            folder = self.folder / str(step)
-            if jax.process_index() == 0:
+        def rename() -> None:
+            for step in steps:
+                folder = self.folder / str(step)
                 folder.rename(folder.with_name(f"{step}.damaged"))
+
         if steps:
+            distributed.first_does("damaged checkpoints", rename)
             self._manager.reload()
 
     def wait(self) -> None:
@@ -236,9 +219,44 @@ class Checkpointer:
             self._manager.close()
 
 
+def _make(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint folder {str(folder)!r} cannot be made: {error.strerror}"
+        ) from error
+
+
+def _together(read: Callable[[], Result]) -> Result:
+    """Returns `read()`; damage that one process finds is damage for all.
+
+    Else some would go on to the next checkpoint while others use this one.
+
+    Raises:
+      CheckpointError: another process could not read its part.
+    """
+    try:
+        found, wrong = read(), None
+    except Exception as error:
+        found, wrong = None, error
+    reasons = distributed.exchange("restore", _reason(wrong))
+    if wrong is not None:
+        raise wrong
+    for number, reason in sorted(reasons.items()):
+        if reason:
+            raise CheckpointError(f"process {number} found: {reason}")
+    return found
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _damage(folder: pathlib.Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"checkpoint {folder} is damaged: {reason[0][:200]}"
+    return f"checkpoint {folder} is damaged: {_reason(error)}"
 
 
 def _compare_checksums(
@@ -257,13 +275,20 @@ def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def load_params(path: str | pathlib.Path, like: Params | None = None) -> dict[str, Any]:
+def load_params(
+    path: str | pathlib.Path,
+    like: Params | None = None,
+    shardings: PyTree | None = None,
+) -> dict[str, Any]:
     """Returns a policy's parameters in float32, whatever the stored dtype.
 
     Args:
       path: a model folder, its `checkpoints` folder, one step's folder, or a
         safetensors file. Of several steps the newest readable one is taken.
       like: parameters, concrete or abstract, whose names and shapes are required.
+      shardings: where each array is to lie, a tree like `like`; of a step's folder a
+        process then reads the parts on its own devices only, and all processes must
+        call this. None puts everything on one device.
 
     Raises:
       UserError: nothing is there, it is damaged, or it does not fit `like`; the first
@@ -280,14 +305,21 @@ def load_params(path: str | pathlib.Path, like: Params | None = None) -> dict[st
         )
     for candidate in candidates:
         try:
-            params = _read_params(candidate, like)
+            return _load_one(candidate, like, shardings)
         except UserError:
             raise
         except Exception as error:
             _log.warning("%s", _damage(candidate, error))
-            continue
-        return jax.tree.map(_to_float32, params)
     raise UserError(f"no checkpoint in {str(path)!r} is readable: all are damaged")
+
+
+def _load_one(
+    source: pathlib.Path, like: Params | None, shardings: PyTree | None
+) -> dict[str, Any]:
+    if shardings is None:
+        return jax.tree.map(_to_float32, _read_params(source, like))
+    params = _together(lambda: _read_params(source, like, shardings))
+    return global_arrays.put(jax.tree.map(_to_float32_host, params), shardings)
 
 
 def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
@@ -303,7 +335,9 @@ def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
     return _param_sources(inner) if inner.is_dir() else []
 
 
-def _read_params(source: pathlib.Path, like: Params | None) -> dict[str, Any]:
+def _read_params(
+    source: pathlib.Path, like: Params | None, shardings: PyTree | None = None
+) -> dict[str, Any]:
     if source.is_file():
         return read_params_file(source, like)
     stored = _stored_arrays(source)
@@ -312,18 +346,34 @@ def _read_params(source: pathlib.Path, like: Params | None) -> dict[str, Any]:
         check_same_arrays(
             str(source), abstract["param_sets"][POLICY], like, any_dtype=True
         )
-    as_numpy = jax.tree.map(
+    restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), abstract
     )
+    if shardings is not None:
+        wanted = {"param_sets": {POLICY: shardings}}
+        restore_args = jax.tree.map(_restored_there, abstract, wanted)
     found = ocp.PyTreeCheckpointHandler().restore(
         epath.Path(source / _STATE),
         args=ocp.args.PyTreeRestore(
-            item=abstract, restore_args=as_numpy, partial_restore=True
+            item=abstract, restore_args=restore_args, partial_restore=True
         ),
     )
     return found["param_sets"][POLICY]
 
 
+def _restored_there(leaf: jax.ShapeDtypeStruct, sharding: Any) -> ocp.ArrayRestoreArgs:
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=sharding, dtype=_as_trained(leaf.dtype)
+    )
+
+
+def _as_trained(dtype: Any) -> Any:
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def _to_float32(leaf: np.ndarray) -> Array:
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(leaf, jnp.float32 if floating else leaf.dtype)
+    return jnp.asarray(leaf, _as_trained(leaf.dtype))
+
+
+def _to_float32_host(leaf: Array | np.ndarray) -> Array | np.ndarray:
+    return leaf if isinstance(leaf, jax.Array) else leaf.astype(_as_trained(leaf.dtype))

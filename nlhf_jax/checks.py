@@ -67,3 +67,27 @@ def check_integer(name: str, value: int, low: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"{name} must be an integer of at least {low}, got {value!r}")
     return value
+
+
+LONGEST_NAME = 100  # characters; file systems take 255 bytes
+
+
+def check_folder_name(what: str, name: str) -> str:
+    """Returns `name` if a folder of that name lies in the folder it is made in.
+
+    Raises:
+      UserError: it is empty, has a slash, a backslash or a control character in it,
+        begins with a dot, or is longer than 100 characters.
+    """
+    is_plain = isinstance(name, str) and name.isprintable() and not set(name) & {*"/\\"}
+    if (
+        not is_plain
+        or not name.strip(" .")
+        or name[0] == "."
+        or len(name) > LONGEST_NAME
+    ):
+        raise UserError(
+            f"{what} must be a plain name for a folder, without slashes and a dot at "
+            f"its start, got {str(name)[:LONGEST_NAME]!r}"
+        )
+    return name

@@ -8,13 +8,15 @@ import inspect
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
-from nlhf_jax import __version__
+from nlhf_jax import __version__, discovery, distributed
 from nlhf_jax.checks import UserError, check_choice, nearest
 from nlhf_jax.jobs import COMMANDS, JOBS
 
-USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 2, 130, 143
+DEFECT_EXIT, USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 1, 2, 130, 143
+LONGEST_WORD = 400
 DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
 # Job -> scale -> its file; the first scale is the default.
 SCALES = {
@@ -25,22 +27,30 @@ SCALES = {
 }
 
 
+# What runs in several processes; the others read what these write.
+TRAINING_JOBS = ("sft", "preference", "reward", "train")
+
+
 class Arguments:
     """What stands after the job's name.
 
     Attributes:
+      processes: which process of how many this is, as far as flags say it.
       files: values of --gin_file, in order.
       search_paths: values of --gin_search_paths, split at commas.
       overrides: gin name -> gin literal.
-      dry_run: stop after the configuration is checked.
+      allow_import: values of --allow_import, split at commas.
+      dry_run: stop after the configuration is checked and the step built from shapes.
       help: print the job's parameters.
     """
 
     def __init__(self, job: str, words: Sequence[str]):
         self.files: list[str] = []
         self.search_paths: list[str] = []
+        self.allow_import: list[str] = []
         self.overrides: dict[str, str] = {}
         self.dry_run = self.help = False
+        self.processes: dict[str, str] = {}
         words = list(words)
         while words:
             self._take(job, words)
@@ -65,27 +75,37 @@ class Arguments:
             self.files.append(SCALES[job][check_choice("scale", value, SCALES[job])])
         elif name == "gin_file":
             self.files.append(value)
+        elif name in discovery.FLAGS:
+            self.processes[name] = value
         elif name == "gin_search_paths":
             self.search_paths += value.split(",")
+        elif name == "allow_import":
+            self.allow_import += [part for part in value.split(",") if part]
         elif name.startswith("gin."):
             self.overrides[name[len("gin.") :]] = value
         else:
             self._take_parameter(job, name, value)
 
+    def command(self, job: str) -> str:
+        """Returns what all processes of a job must have been told alike."""
+        words = [f"--gin_file={file}" for file in self.files]
+        words += [f"--gin.{name}={value}" for name, value in self.overrides.items()]
+        return " ".join([job, *words])
+
     def _next_value(self, name: str, words: list[str]) -> str:
         """The value that follows its flag after a space; a lone parameter is True."""
         if words and not words[0].startswith("--"):
             return words.pop(0)
-        if name.startswith("gin"):
+        if name.startswith("gin") or name == "allow_import":
             raise UserError(f"--{name} needs a value: --{name}=VALUE")
         return "True"
 
     def _take_parameter(self, job: str, name: str, value: str) -> None:
         """A parameter of the job itself: text needs no second pair of quotes."""
-        known = _hints(job)
+        known = parameters(job)
         if name not in known:
-            flags = ("gin_file", "gin_search_paths", "dry_run", "help", *known)
-            flags += ("scale",) * (job in SCALES)
+            flags = ("gin_file", "gin_search_paths", "allow_import", "dry_run", "help")
+            flags += (*known, *discovery.FLAGS, *("scale",) * (job in SCALES))
             raise UserError(f"{job} has no flag --{name}{nearest(name, flags)}")
         is_text = known[name] is str
         if f"{job}.{name}" in self.overrides:
@@ -93,7 +113,8 @@ class Arguments:
         self.overrides[f"{job}.{name}"] = repr(value) if is_text else value
 
 
-def _hints(job: str) -> dict:
+def parameters(job: str) -> dict:
+    """Returns a job's parameters and their annotations."""
     from nlhf_jax import gin_bindings
 
     signature = inspect.signature(gin_bindings.job_function(job))
@@ -104,14 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit code.
 
     0: done. 2: a user's mistake, one sentence on standard error without a traceback.
-    130: Ctrl-C. 143: a signal ended the run after its state was saved. Other
-    exceptions are defects and keep their traceback.
+    42: another process of the job is late or gone; all must be started again. 130:
+    Ctrl-C. 143: a signal ended the run after its state was saved. Other exceptions are
+    defects and keep their traceback.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    distributed.leave(code)
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         return _main(words)
     except UserError as error:
-        print(f"nlhf: {error}", file=sys.stderr)
+        print(f"nlhf: {on_one_line(str(error))}", file=sys.stderr)
         return USAGE_EXIT
     except BrokenPipeError:
         # Whoever read our output has enough; Python must not flush it once more.
@@ -120,6 +147,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nlhf: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
+    except Exception as error:
+        if distributed.num_processes() == 1:
+            raise
+        # An interpreter that ends by itself would wait minutes for the others.
+        traceback.print_exc()
+        if not distributed.is_peer_loss(error):
+            return DEFECT_EXIT
+        print(
+            f"nlhf: another process of this job is gone: {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return distributed.RESTART_EXIT
+
+
+def on_one_line(sentence: str) -> str:
+    """Returns a sentence without what a terminal would obey, blanks for line ends.
+
+    Of a word that nobody can read, the beginning.
+    """
+    words = [w if len(w) <= LONGEST_WORD else w[:80] + "..." for w in sentence.split()]
+    text = " ".join(words)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _main(words: list[str]) -> int:
@@ -140,14 +189,25 @@ def _main(words: list[str]) -> int:
 
     if arguments.help:
         print(inspect.getdoc(gin_bindings.job_function(job)))
-        print(f"\nFlags: {', '.join(f'--{name}' for name in _hints(job))}")
+        print(f"\nFlags: {', '.join(f'--{name}' for name in parameters(job))}")
         if job in SCALES:
             print(f"--scale: {' or '.join(SCALES[job])}, in place of --gin_file")
         return 0
-    gin_bindings.load(job, arguments.files, arguments.overrides, arguments.search_paths)
+    gin_bindings.load(
+        job,
+        arguments.files,
+        arguments.overrides,
+        arguments.search_paths,
+        arguments.allow_import,
+    )
     if arguments.dry_run:
-        print(f"{job}: the configuration is complete and every name in it is known")
+        built = gin_bindings.build(job)
+        print(
+            f"{job}: the configuration is complete and every name in it is known"
+            + (f"; {built}" if built else "")
+        )
         return 0
+    _join_processes(job, arguments)
     runs.set_config_source(gin_bindings.operative_config)
     _enable_compilation_cache()
     try:
@@ -162,6 +222,18 @@ def _main(words: list[str]) -> int:
     return 0
 
 
+def _join_processes(job: str, arguments: Arguments) -> None:
+    """Starts this process as one of several, where it is one; before any device."""
+    processes = discovery.find(arguments.processes)
+    if processes.num_processes > 1 and job not in TRAINING_JOBS:
+        raise UserError(
+            f"{job} runs in one process, got {processes.num_processes} (from "
+            f"{processes.source}); {', '.join(TRAINING_JOBS)} run in several"
+        )
+    facts = {"command": arguments.command(job), "version": __version__}
+    distributed.start(processes, facts)
+
+
 def _usage() -> str:
     everything = JOBS | COMMANDS
     width = max(map(len, everything))
@@ -170,8 +242,9 @@ def _usage() -> str:
     )
     return (
         "usage: nlhf JOB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]\n"
-        "                [--PARAMETER=VALUE ...] [--gin_search_paths=FOLDER,...] "
-        "[--dry_run]\n"
+        "                [--PARAMETER=VALUE ...] [--gin_search_paths=FOLDER,...]\n"
+        "                [--allow_import=MODULE,...] [--dry_run]\n"
+        "                [--coordinator=HOST:PORT --num_processes=N --process_id=K]\n"
         f"jobs:\n{jobs}\n"
         "nlhf JOB --help prints a job's parameters."
     )

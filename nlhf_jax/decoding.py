@@ -125,13 +125,14 @@ def sample(
     weights = [mixture.speaker_weights(speaker, step) for speaker in speakers]
     keys = jax.random.split(key, len(speakers))
     rows, caches = _begin(model, param_sets, users, speakers, prompts, max_length)
+    ready = {name: model.for_decoding(param_sets[name]) for name in users}
 
     def is_running(carry: _Carry) -> jax.Array:
         ended = [row.has_ended_B.all() for row in carry.rows]
         return (carry.step < max_length) & ~jnp.all(jnp.stack(ended))
 
     def advance(carry: _Carry) -> _Carry:
-        logits, caches = _step_sets(model, param_sets, users, carry)
+        logits, caches = _step_sets(model, ready, users, carry)
         rows = tuple(
             _write(
                 model,

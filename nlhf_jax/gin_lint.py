@@ -4,16 +4,23 @@
 import ast
 import dataclasses
 import inspect
+import keyword
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nlhf_jax.checks import UserError, nearest
-from nlhf_jax.gin_files import Statement
+from nlhf_jax.gin_files import IMPORT, NO_LITERAL, Statement
+from nlhf_jax.gin_types import hints_of, matches, reference_fits, spoken
 
 REQUIRED = "%gin.REQUIRED"
+# A module that is imported runs; what else may be is for the user to say.
+ALLOWED_IMPORTS = ("nlhf_jax", "seqio")
+_KEY = re.compile(r"[A-Za-z_]\w*(?:[./][A-Za-z_]\w*)*")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029]")
+# Stands for a function or a required value, whose type is checked elsewhere.
+_ANYTHING = "..."
+LONGEST_VALUE = 100_000  # characters
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _MACRO = re.compile(r"%([A-Za-z_][\w.]*)")
 _REFERENCE = re.compile(r"@([\w./]*)\s*(\(\s*\)|)")
@@ -24,9 +31,10 @@ Registry = Mapping[str, Callable[..., Any]]
 def check(job: str, statements: Sequence[Statement], registry: Registry) -> None:
     """Raises a UserError for the first mistake of a configuration.
 
-    In order: unknown names, macros that are undefined or defined by themselves, values
-    that are no literals or of the wrong type, macros and bindings that nothing in the
-    job reads, and last every required value that is still unset.
+    In order: text that is no name or no value, unknown names, macros that are undefined
+    or defined by themselves, values that are no literals or of the wrong type, macros
+    and bindings that nothing in the job reads, and last every required value that is
+    still unset.
 
     Args:
       job: the configurable that will be called.
@@ -35,17 +43,104 @@ def check(job: str, statements: Sequence[Statement], registry: Registry) -> None
     """
     macros = {s.key: s for s in statements if "." not in s.key}
     bindings = {s.key: s for s in statements if "." in s.key}
+    for statement in statements:
+        _check_form(statement)
     for statement in bindings.values():
         _check_name(statement, registry)
     for statement in (*macros.values(), *bindings.values()):
         _check_names_in_value(statement, macros, registry)
     for statement in macros.values():
         _check_ends(statement, macros)
+    for statement in statements:
+        _literal(statement, {})  # also what a later statement overrides
     for statement in bindings.values():
         _check_type(statement, macros, registry)
     reached, scopes, calls = _reach(job, macros, bindings)
     _check_read(job, statements, reached, scopes)
+    _check_macros(statements, reached, registry)
     _check_required(job, macros, bindings, calls, registry)
+
+
+def check_import(statement: Statement, allowed: Sequence[str]) -> None:
+    """Raises a UserError for a module that a configuration may not import."""
+    may = (*ALLOWED_IMPORTS, *allowed)
+    name = statement.value
+    if not any(f"{name}.".startswith(f"{one}.") for one in may):
+        raise UserError(
+            f"{statement.place}: import {name} is refused, since a module that is "
+            f"imported runs: a configuration may import {', '.join(may)}, and with "
+            f"--allow_import={name} also this"
+        )
+
+
+def repeated(statements: Sequence[Statement]) -> list[str]:
+    """Returns a sentence for each name that one file sets twice; the later one wins."""
+    found, places = [], {}
+    for statement in statements:
+        file, _, line = statement.place.rpartition(":")
+        before = places.get((file, statement.key))
+        if before and statement.key != IMPORT and line != before:
+            found.append(
+                f"{statement.place}: {statement.key} is set in line {before} too; this "
+                "one counts"
+            )
+        places[file, statement.key] = line
+    return found
+
+
+def as_text(
+    statement: Statement, statements: Sequence[Statement], registry: Registry
+) -> Statement:
+    """Returns a flag's statement with the quotes its value lacks, where text is meant.
+
+    That is a value that is no literal and has no quote, function or macro in it, for
+    a name that only parameters of type `str` read: a path with a blank, for instance.
+    """
+    bindings = [s for s in statements if "." in s.key]
+    readers = [s.key for s in bindings if s.value == f"%{statement.key}"]
+    if "." in statement.key:
+        readers = [statement.key]
+    keys = [split_key(key) for key in readers]
+    are_text = keys and all(
+        name in registry and hints_of(registry[name]).get(parameter) is str
+        for _, name, parameter in keys
+    )
+    if not are_text or re.search(r"['\"@%]", statement.value):
+        return statement
+    try:
+        ast.literal_eval(statement.value)
+    except NO_LITERAL:
+        return dataclasses.replace(statement, value=repr(statement.value))
+    return statement
+
+
+def names_in(statements: Sequence[Statement]) -> set[str]:
+    """Returns the configurables that keys and values name, known or not."""
+    named = {split_key(s.key)[1] for s in statements if "." in s.key}
+    for statement in statements:
+        found = _REFERENCE.findall(_without_strings(statement.value))
+        named |= {path.rpartition("/")[2] for path, _ in found}
+    return named - {""}
+
+
+def places_in(sentence: str, statements: Sequence[Statement]) -> str:
+    """Returns ` (FILE:LINE)` of the values that a sentence complains of, or "".
+
+    They are the bindings of a parameter that it names, of those the ones whose value it
+    shows.
+    """
+    macros = {s.key: s for s in statements if "." not in s.key}
+    bindings = {s.key: s for s in statements if "." in s.key}
+    words = set(re.findall(r"\w+", sentence))
+    shown = sentence.rpartition("got")[2]
+    named = [
+        _written(statement, macros)
+        for statement in bindings.values()
+        if split_key(statement.key)[2] in words
+    ]
+    found = [one for one in named if one.value in shown] or named
+    places = dict.fromkeys(one.place for one in found)
+    return f" ({', '.join(places)})" if places else ""
 
 
 def split_key(key: str) -> tuple[str, str, str]:
@@ -57,6 +152,18 @@ def split_key(key: str) -> tuple[str, str, str]:
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
+
+
+def _check_form(statement: Statement) -> None:
+    """Raises a UserError for what would be more than one statement, or no name."""
+    key = statement.key
+    if not _KEY.fullmatch(key) or keyword.iskeyword(key):
+        raise UserError(f"{statement.place}: {key!r} is no name of a macro or binding")
+    if _CONTROL.search(statement.value):
+        raise UserError(
+            f"{statement.place}: the value of {key} must be on one line, without "
+            f"control characters, got {statement.shown!r}"
+        )
 
 
 def _check_name(statement: Statement, registry: Registry) -> None:
@@ -130,85 +237,53 @@ def _check_type(
     statement: Statement, macros: Mapping[str, Statement], registry: Registry
 ) -> None:
     _, name, parameter = split_key(statement.key)
-    hint = typing.get_type_hints(registry[name]).get(parameter)
-    written = _written(statement, macros)
+    hint = hints_of(registry[name]).get(parameter)
+    written, value = _written(statement, macros), None
     if match := _REFERENCE.fullmatch(written.value):
-        fits = _reference_fits(registry[match[1].rpartition("/")[2]], match[2], hint)
+        fits = reference_fits(registry[match[1].rpartition("/")[2]], match[2], hint)
     else:
-        bare = _without_strings(written.value)
-        fits = "@" in bare or "%" in bare or matches(_literal(written), hint)
+        value = _literal(written, macros)
+        fits = matches(value, hint)
     if not fits:
         raise UserError(
-            f"{written.place}: {statement.key} must be {_spoken(hint)}, "
-            f"got {written.value}"
+            f"{written.place}: {statement.key} must be {spoken(hint, value)}, "
+            f"got {written.shown}"
         )
 
 
-def _literal(statement: Statement) -> Any:
+def _literal(statement: Statement, macros: Mapping[str, Statement]) -> Any:
+    """Returns the value, macros in their places and `...` for every function."""
     try:
-        return ast.literal_eval(statement.value)
-    except (ValueError, SyntaxError) as error:
+        return ast.literal_eval(_expanded(statement.value, macros))
+    except NO_LITERAL as error:
         raise UserError(
             f"{statement.place}: the value of {statement.key} is not a literal: "
-            f"{statement.value or 'nothing'} (text needs quotes, a function needs '@')"
+            f"{statement.shown or 'nothing'} (text needs quotes, a function needs '@')"
         ) from error
 
 
-def _reference_fits(configurable: Callable[..., Any], called: str, hint: Any) -> bool:
-    """Returns whether `@name` (a function) or `@name()` (its result) can be `hint`."""
-    if hint is None:
-        return True
-    result = configurable
-    if not inspect.isclass(configurable):
-        result = typing.get_type_hints(configurable).get("return")
-    for part in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
-        if inspect.isclass(part) and called and part is not types.NoneType:
-            if inspect.isclass(result) and issubclass(result, part):
-                return True
-        elif typing.get_origin(part) is Callable and not called:
-            return True
-    return False
+def _expanded(value: str, macros: Mapping[str, Statement]) -> str:
+    """Returns the value with the values of its macros in it, which all end.
 
+    Raises:
+      ValueError: it is longer than any value is; few macros can write a long text.
+    """
 
-def matches(value: Any, hint: Any) -> bool:
-    """Returns whether a literal can be what the annotation says; unknown hints pass."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(matches(value, part) for part in arguments)
-    if hint in (None, Any):
-        return True
-    if hint is types.NoneType:
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    container = origin if isinstance(origin, type) else hint
-    if isinstance(container, type) and issubclass(container, Mapping):
-        return isinstance(value, dict) and _all_match(value.values(), arguments[1:])
-    if isinstance(container, type) and issubclass(container, Sequence):
-        return isinstance(value, (tuple, list)) and _all_match(value, arguments[:1])
-    # A settings class, an algorithm or a function is never a literal.
-    return not inspect.isclass(hint) and origin is None
+    def of_macro(match: re.Match) -> str:
+        inner = macros.get(match[1])
+        # A flag's value may end in a comment, which must not hide the bracket.
+        return f"({_expanded(inner.value, macros)}\n)" if inner else _ANYTHING
 
-
-def _all_match(values: Iterable[Any], hints: Sequence[Any]) -> bool:
-    return not hints or all(matches(value, hints[0]) for value in values)
-
-
-def _spoken(hint: Any) -> str:
-    names = {float: "a number", int: "an integer", str: "a string in quotes"}
-    if hint in names:
-        return names[hint]
-    if hint is bool:
-        return "True or False"
-    if typing.get_origin(hint) is Callable:
-        return "a function (@NAME)"
-    if dataclasses.is_dataclass(hint):
-        return f"of type {hint.__name__} (@NAME())"
-    return f"of type {hint}"
+    parts, end = [], 0
+    for match in [*_STRING.finditer(value), None]:
+        bare = value[end : match.start() if match else len(value)]
+        bare = _REFERENCE.sub(f" {_ANYTHING} ", bare)
+        parts += [_MACRO.sub(of_macro, bare), match[0] if match else ""]
+        end = match.end() if match else end
+    text = "".join(parts).strip()
+    if len(text) > LONGEST_VALUE:
+        raise ValueError(f"more than {LONGEST_VALUE} characters")
+    return text
 
 
 def _reach(
@@ -254,6 +329,11 @@ def _check_read(
                 f"{statement.place}: nothing in {job!r} has the scope {scope!r}"
                 f"{nearest(scope, scopes - {''})}"
             )
+
+
+def _check_macros(
+    statements: Sequence[Statement], reached: set[str], registry: Registry
+) -> None:
     # A macro that only an overridden binding reads is no mistake of the user's.
     used = {
         name
@@ -266,7 +346,20 @@ def _check_read(
             raise UserError(
                 f"{statement.place}: nothing reads the macro {statement.key}"
                 f"{nearest(statement.key, set(macros) - {statement.key})}"
+                f"{_elsewhere(statement.key, reached, registry)}"
             )
+
+
+def _elsewhere(key: str, reached: set[str], registry: Registry) -> str:
+    """Returns who has a parameter of the macro's name, where only others do."""
+    parameter = key.lower()
+    having = {n for n, one in registry.items() if parameter in _parameters(one)}
+    if not having or having & reached:
+        return ""
+    return (
+        f": {parameter!r} is a parameter of {', '.join(sorted(having))}, "
+        "none of which is used here"
+    )
 
 
 def _check_required(

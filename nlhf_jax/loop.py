@@ -4,18 +4,21 @@
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from nlhf_jax import distributed, profiling, speed
+from nlhf_jax.progress import RATES
 from nlhf_jax.settings import LoopSettings
 from nlhf_jax.types import TrainState
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_COUNT = "num_compilations"
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +35,10 @@ class MetricSink(Protocol):
 
 @runtime_checkable
 class ProgressSink(Protocol):
-    """Shows how far the run is: `update(step, {name: number})`."""
+    """Shows how far the run is: `update(step, {name: number})`.
+
+    `say(text)`, where it has one, is told what else takes long.
+    """
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -85,34 +91,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
         restore()
 
 
-class _Clock:
-    """Seconds of training per step since the last line, pauses left out."""
-
-    def __init__(self):
-        self._steps, self._seconds, self._tokens = 0, 0.0, 0.0
-        self._since = time.perf_counter()
-
-    def step_done(self, metrics: Mapping[str, float]) -> None:
-        self._steps += 1
-        self._tokens += metrics.get("token/count", 0.0)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self._seconds += time.perf_counter() - self._since
-        yield
-        self._since = time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Returns the metrics of time, and starts anew."""
-        now = time.perf_counter()
-        seconds = max(self._seconds + now - self._since, 1e-9)
-        rates = {"time/seconds_per_step": seconds / max(self._steps, 1)}
-        if self._tokens:
-            rates["time/tokens_per_second"] = self._tokens / seconds
-        self._steps, self._seconds, self._tokens, self._since = 0, 0.0, 0.0, now
-        return rates
-
-
 def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
     for name, value in metrics.items():
         watched = name.startswith("loss/") or name == "optimizer/gradient_norm"
@@ -134,30 +112,67 @@ class _Reporter:
         self._settings = settings
         self._writer, self._progress = writer, progress
         self._step_fn = step_fn
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
-        self.clock = _Clock()
+        self._pending: tuple[int, Mapping[str, Any], int | None] | None = None
+        self._rates: dict[str, float] = {}
+        self._programs = 1
+        self.clock = speed.Clock()
+
+    def say(self, text: str) -> None:
+        """Shows a sentence, where there is a place for it."""
+        getattr(self._progress, "say", _log.info)(text)
+
+    def compile(self, *args: Any) -> None:
+        """Compiles the step before it runs, where it can be asked to."""
+        ahead = getattr(self._step_fn, "compile", None)
+        if ahead is None:
+            return
+        self.say("compiling the train step ...")
+        with self.clock.paused():
+            cost = speed.step_cost(ahead(*args), self._settings.peak_flops)
+        self.clock.cost = cost
+        self.say(speed.announcement(cost))
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports the step before this one, and keeps this one for later."""
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, getattr(self._step_fn, _COUNT, None))
 
     def flush(self) -> None:
         """Waits for the step that is kept, if any, and reports it."""
         if self._pending is None:
             return
-        step, on_device = self._pending
+        step, on_device, count = self._pending
         self._pending = None
         metrics = {k: float(v) for k, v in jax.device_get(dict(on_device)).items()}
         self.clock.step_done(metrics)
         if _is_due(step, self._settings.log_period, self._settings.train_steps):
-            self._writer.write(step, metrics | self.clock.read() | self._compiled())
-        self._progress.update(step, metrics)
+            rates = self.clock.read()
+            program = self._program(step, metrics, count)
+            self._writer.write(step, metrics | rates | program)
+            self._rates = {k: v for k, v in rates.items() if k in RATES}
+        self._progress.update(step, metrics | self._rates)
         _check_finite(step, metrics)
 
-    def _compiled(self) -> dict[str, float]:
-        count = getattr(self._step_fn, "num_compilations", None)
-        return {} if count is None else {"compile/count": float(count)}
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Waits for the step that is kept, and leaves the time inside out."""
+        self.flush()
+        with self.clock.paused():
+            yield
+
+    def _program(
+        self, step: int, metrics: Mapping[str, float], count: int | None
+    ) -> dict[str, float]:
+        """What is known of the compiled step: how often it was made, what it costs."""
+        found = {}
+        if self.clock.cost is not None and self.clock.cost.flops is not None:
+            found["compute/flops_per_step"] = self.clock.cost.flops_with(metrics)
+        if count is None:
+            return found
+        if count > self._programs:
+            self.say(f"compiled again by step {step}: shapes or dtypes have changed")
+            self._programs = count
+        return found | {"compile/count": float(count)}
 
 
 def train_loop(
@@ -173,6 +188,8 @@ def train_loop(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     meta: Mapping[str, Any] | None = None,
     start_step: int | None = None,
+    should_stop: Callable[[bool, int], bool] = lambda is_asked, done: is_asked,
+    profile_folder: str | os.PathLike = "",
 ) -> TrainState:
     """Returns the state after `settings.train_steps` updates, or where it was stopped.
 
@@ -188,7 +205,8 @@ def train_loop(
 
     Args:
       step_fn: (state, batch, key) -> (state, metrics), compiled; it may donate the
-        state. Its `num_compilations`, where it has one, is reported.
+        state. Where it has `compile(state, batch, key)`, that is called and announced
+        before the first step; its `num_compilations` is reported.
       state: where to start; not to be used again by the caller.
       batches: the host's batch of each step, counted from 0: a pure function.
       settings: steps and periods.
@@ -198,6 +216,9 @@ def train_loop(
       meta: facts stored in every checkpoint.
       start_step: updates already done, `state.step` if None; with `train_steps` of
         them or more the loop returns at once.
+      should_stop: (whether this process was asked, steps done) -> whether to stop
+        now; with several processes it gives the same answer in all.
+      profile_folder: for the trace of `settings.profile_steps`, if any.
 
     Raises:
       TrainingDiverged: a loss or gradient norm is not finite.
@@ -208,23 +229,30 @@ def train_loop(
     if start_step >= last:
         return state
     reporter = _Reporter(settings, writer, progress, step_fn)
-    with stop_on_signal() as stop, _all_saved(checkpointer):
+    window = profiling.ProfileWindow(
+        profile_folder, settings.profile_steps, reporter.say
+    )
+    window.check_start(start_step)
+    with stop_on_signal() as stop, _all_saved(checkpointer), window:
         for step in range(start_step, last):
-            state, metrics = step_fn(state, batches(step), key)
             done = step + 1
-            reporter.push(done, metrics)
-            asked_to_stop = bool(stop)
+            with window.around(done, reporter.idle):
+                batch = batches(step)
+                if step == start_step:
+                    reporter.compile(state, batch, key)
+                state, metrics = step_fn(state, batch, key)
+                reporter.push(done, metrics)
+            asked_to_stop = should_stop(bool(stop), done)
             may_evaluate = evaluate is not None and not asked_to_stop
             if may_evaluate and _is_due(done, settings.eval_period, last):
-                reporter.flush()
-                with reporter.clock.paused():
+                with reporter.idle():
                     writer.write(done, evaluate(state))
             if asked_to_stop or _is_due(done, settings.checkpoint_period, last):
-                reporter.flush()
-                with reporter.clock.paused():
+                with reporter.idle():
                     checkpointer.save(done, state, meta or {})
             if asked_to_stop:
-                _log.warning("%s: stopped after step %d", stop.signal.name, done)
+                asked_by = stop.signal.name if stop else "another process"
+                _log.warning("%s: stopped after step %d", asked_by, done)
                 break
     return state
 
@@ -234,9 +262,10 @@ def _all_saved(checkpointer: StateSink) -> Iterator[None]:
     """Waits for the checkpoints at the end, also when the loop failed."""
     try:
         yield
-    except BaseException:
-        # The loop's own error is the one to show.
-        with contextlib.suppress(RuntimeError):
-            checkpointer.wait()
+    except BaseException as error:
+        # The loop's own error is the one to show; who is gone is not waited for.
+        if not distributed.is_peer_loss(error):
+            with contextlib.suppress(RuntimeError):
+                checkpointer.wait()
         raise
     checkpointer.wait()

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, SupportsFloat, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from nlhf_jax import event_files
 
 INFINITY = math.inf
 METRICS_FILE = "metrics.jsonl"
@@ -122,7 +123,12 @@ _POLICY = {
 }
 
 _COUNTS = {
-    "token/count": Metric("tokens", 0, INFINITY, "target tokens of the batch"),
+    "token/count": Metric(
+        "tokens",
+        0,
+        INFINITY,
+        "target tokens of the batch; of a policy's step, those of all responses drawn",
+    ),
     "preference/count": Metric("comparisons", 0, INFINITY, "comparisons of the batch"),
     "reward/count": Metric("comparisons", 0, INFINITY, "comparisons of the batch"),
     "data/truncated_prompts": Metric(
@@ -138,14 +144,43 @@ _MACHINE = {
         "-", 0, INFINITY, "global norm of the gradient before clipping"
     ),
     "optimizer/learning_rate": Metric("-", 0, INFINITY, "step size of this update"),
+}
+
+# What a clock says: two runs that compute the same differ in these, and only in these.
+_TIMES = {
     "time/seconds_per_step": Metric(
         "seconds", 0, INFINITY, "wall-clock time per step since the last line"
     ),
+    "time/steps_per_second": Metric("steps/s", 0, INFINITY, "its inverse"),
     "time/tokens_per_second": Metric(
-        "tokens/s", 0, INFINITY, "target tokens over that time"
+        "tokens/s", 0, INFINITY, "the tokens of token/count over that time"
     ),
+    "time/tokens_per_second_per_chip": Metric(
+        "tokens/s", 0, INFINITY, "that over the number of devices"
+    ),
+    "compile/seconds": Metric(
+        "seconds", 0, INFINITY, "tracing, lowering and compiling the step"
+    ),
+    "compute/mfu": Metric(
+        "share",
+        0,
+        INFINITY,
+        "FLOPs of the steps since the last line over their time and the chip's peak; "
+        "what is computed again to save memory counts. Left out where no peak is known",
+    ),
+}
+TIMES = frozenset(_TIMES)
+
+_PROGRAM = {
     "compile/count": Metric(
         "programs", 1, INFINITY, "programs compiled for the step so far; 1 is right"
+    ),
+    "compute/flops_per_step": Metric(
+        "FLOP",
+        0,
+        INFINITY,
+        "of one chip in this step, counted in the compiled program, loops as often as "
+        "they run: the decode loop decode/steps times",
     ),
 }
 
@@ -198,7 +233,14 @@ def _evaluated(table: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 METRICS: dict[str, Metric] = (
-    _SUPERVISED | _POLICY | _COUNTS | _MACHINE | _EVALUATION | _evaluated(_SUPERVISED)
+    _SUPERVISED
+    | _POLICY
+    | _COUNTS
+    | _MACHINE
+    | _TIMES
+    | _PROGRAM
+    | _EVALUATION
+    | _evaluated(_SUPERVISED)
 )
 
 
@@ -245,7 +287,7 @@ class MetricWriter:
         _cut_after(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close
         self._events = (
-            _EventFile(folder / TENSORBOARD_FOLDER, resume_step)
+            event_files.EventFile(folder / TENSORBOARD_FOLDER, resume_step)
             if tensorboard
             else None
         )
@@ -314,43 +356,6 @@ def read_metrics(
         name: (np.asarray(steps, int), np.asarray(values, float))
         for name, (steps, values) in columns.items()
     }
-
-
-class _EventFile:
-    """A TensorBoard event file, written without TensorFlow.
-
-    TensorBoard's own event writer imports TensorFlow where it is installed, seconds
-    and a gigabyte for a few scalars; its record writer and protocol buffers do not.
-    """
-
-    def __init__(self, folder: pathlib.Path, resume_step: int):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event = event_pb2.Event
-        self._summary = summary_pb2.Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-        self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115
-        self._write(file_version="brain.Event:2")
-        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=resume_step + 1, session_log=started)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        rows = [
-            self._summary.Value(tag=name, simple_value=value)
-            for name, value in values.items()
-        ]
-        self._write(step=step, summary=self._summary(value=rows))
-
-    def close(self) -> None:
-        self._records.close()
-
-    def _write(self, **fields) -> None:
-        event = self._event(wall_time=time.time(), **fields)
-        self._records.write(event.SerializeToString())
-        self._records.flush()
 
 
 def _bound(value: float | int) -> str:

@@ -7,12 +7,14 @@ moments lie where their parameter lies, a batch is split by rows.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from nlhf_jax.checks import UserError, nearest
 from nlhf_jax.settings import MeshSettings
@@ -47,33 +49,62 @@ def _shape_text(mesh_sizes: dict[str, int]) -> str:
     return " x ".join(f"{name}={size}" for name, size in mesh_sizes.items())
 
 
-def make_mesh(
-    settings: MeshSettings, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh (data, fsdp, tensor) over all devices, with Auto axes.
+
+    Where the devices lie in several slices, `data` is `slice` times the size that was
+    set, and its slow part goes from slice to slice: over the network between them go
+    sums over the batch alone; parameters are gathered inside a slice.
 
     Args:
       settings: sizes; -1 takes the devices that are left.
       devices: all of this job's if None.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the devices lie
+        in another number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    num_slices = settings.slice
+    _check_slices(num_slices, devices)
     sizes = {name: getattr(settings, name) for name in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fixed = math.prod(size for size in sizes.values() if size != -1) * num_slices
     if -1 in sizes.values() and len(devices) % fixed == 0:
         rest = len(devices) // fixed
         sizes = {n: rest if size == -1 else size for n, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+    shape = tuple(sizes.values())
+    if math.prod(shape) * num_slices != len(devices):
+        named = {"slice": num_slices} | sizes if num_slices > 1 else sizes
         divisors = _divisors(len(devices))
         raise UserError(
-            f"mesh {_shape_text(sizes)} must use all {len(devices)} devices; "
+            f"mesh {_shape_text(named)} must use all {len(devices)} devices; "
             f"each size must be one of {divisors}, and their product {len(devices)}"
         )
-    shape = tuple(sizes.values())
     axis_types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types, devices=devices)
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types, devices=devices)
+    placed = over_slices(shape, num_slices, devices)
+    return Mesh(placed, MESH_AXES, axis_types=axis_types)
+
+
+def over_slices(
+    shape: tuple[int, ...], num_slices: int, devices: Sequence[Any]
+) -> np.ndarray:
+    """Returns devices laid out as `shape` in each slice; the first axis has both."""
+    across = (num_slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(shape, across, devices)
+
+
+def _check_slices(wanted: int, devices: Sequence[Any]) -> None:
+    # Elsewhere each process may count as a slice of its own.
+    if wanted == 1 and devices[0].platform != "tpu":
+        return
+    found = len({getattr(device, "slice_index", None) for device in devices})
+    if found != wanted:
+        raise UserError(
+            f"mesh slice must be {found}, the slices that the {len(devices)} devices "
+            f"lie in, got {wanted}"
+        )
 
 
 def _free(mesh_axes: str | tuple[str, ...] | None, taken: dict[str, str]) -> bool:
@@ -178,6 +209,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def num_row_parts(mesh: Mesh) -> int:
+    """Returns the number of parts that a batch's rows are split into."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
     """Checks that every device gets as many rows of every microbatch.
 
@@ -185,7 +221,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> 
       UserError: names the nearest sizes that would do.
     """
     sizes = {name: mesh.shape[name] for name in BATCH_AXES}
-    unit = math.prod(sizes.values()) * num_microbatches
+    unit = num_row_parts(mesh) * num_microbatches
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"
@@ -222,6 +258,52 @@ def state_shardings(state: PyTree, param_shardings: PyTree, params: PyTree) -> P
         return next((sharding for sharding in found if sharding is not None), whole)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+class StepShardings(NamedTuple):
+    """Where everything lies that a step is given, besides its batch and key.
+
+    Attributes:
+      params: of the parameters that are trained.
+      state: of the train state.
+      frozen: of each frozen parameter set.
+    """
+
+    params: PyTree
+    state: PyTree
+    frozen: dict[str, PyTree]
+
+
+def step_shardings(
+    mesh: Mesh,
+    state: PyTree,
+    params: PyTree,
+    logical_axes: PyTree,
+    frozen: Mapping[str, PyTree],
+    frozen_axes: Mapping[str, PyTree],
+) -> StepShardings:
+    """Returns where a job's state and frozen parameters lie.
+
+    Args:
+      mesh: see `make_mesh`.
+      state: the train state, concrete or abstract.
+      params: the parameters in it that are trained.
+      logical_axes: of those.
+      frozen: parameter sets that are not trained.
+      frozen_axes: of each; a judge may have another shape than the policy.
+
+    Raises:
+      UserError: a size that the mesh does not divide.
+    """
+    lie = shardings_for(logical_axes, params, mesh)
+    return StepShardings(
+        lie,
+        state_shardings(state, lie, params),
+        {
+            name: shardings_for(frozen_axes[name], tree, mesh)
+            for name, tree in frozen.items()
+        },
+    )
 
 
 class CompiledFunction:
@@ -262,6 +344,11 @@ class CompiledFunction:
             args = (jax.device_put(args[0], self._state_sharding), *args[1:])
         with jax.set_mesh(self.mesh):
             return self._jitted(*args)
+
+    def trace(self, *args: Any) -> Any:
+        """Returns the function traced for concrete or abstract arguments."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.trace(*args)
 
     def lower(self, *args: Any) -> Any:
         """Returns the function lowered for concrete or abstract arguments."""
@@ -308,16 +395,3 @@ def compile_step(
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def constrain(array: Array, logical_axes: LogicalAxes, rules: Rules = RULES) -> Array:
-    """Returns the array, laid out by the rules when a mesh is set (`jax.set_mesh`)."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return array
-    return jax.lax.with_sharding_constraint(array, resolve(logical_axes, rules))
-
-
-def count_constraints(fn: Callable[..., Any], mesh: Mesh, *args: Any) -> int:
-    """Returns the number of sharding constraints in the trace of `fn(*args)`."""
-    with jax.set_mesh(mesh):
-        return str(jax.make_jaxpr(fn)(*args)).count("sharding_constraint")

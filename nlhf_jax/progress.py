@@ -10,6 +10,12 @@ from typing import SupportsFloat, SupportsIndex
 from nlhf_jax.metrics import format_line
 
 _SHOWN_ON_BAR = 2
+# What of the rates is shown beside the metrics of a step, and how on a bar.
+RATES = {
+    "time/steps_per_second": "{:.3g} steps/s",
+    "time/tokens_per_second_per_chip": "{:.4g} tokens/s/chip",
+    "compute/mfu": "MFU {:.1%}",
+}
 
 
 class Progress:
@@ -64,8 +70,7 @@ class Progress:
         """Says that `step` steps are done."""
         step, metrics = int(step), metrics or {}
         if self._display is not None:
-            shown = list(metrics.items())[:_SHOWN_ON_BAR]
-            text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown)
+            text = bar_text(metrics)
             self._display.update(self._task, completed=step, metrics=text)
             return
         now = time.monotonic()
@@ -80,6 +85,24 @@ class Progress:
             done = f"{self._description} {step}/{self._total}"
             self._stream.write(f"{done}  {duration(left)} left{line}\n")
             self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """Shows a sentence on a line of its own, above the bar where there is one."""
+        line = f"{self._description}: {text}"
+        if self._display is not None:
+            self._display.console.print(line, markup=False, highlight=False)
+            return
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def bar_text(metrics: Mapping[str, SupportsFloat]) -> str:
+    """Returns the first metrics and the rates, as they stand beside a bar."""
+    first = list(metrics.items())[:_SHOWN_ON_BAR]
+    parts = [f"{name} {float(value):.4g}" for name, value in first]
+    rates = {k: v for k, v in metrics.items() if k in RATES}
+    parts += [RATES[name].format(float(value)) for name, value in rates.items()]
+    return "  ".join(parts)
 
 
 def seconds_left(done: int, remaining: int, elapsed: float) -> float:

@@ -157,6 +157,10 @@ class LoopSettings:
       checkpoint_period: steps between checkpoints; the last step is always saved.
       eval_period: steps between evaluations; 0 evaluates at the end only.
       keep_checkpoints: newest checkpoints kept.
+      profile_steps: (first, last) of the steps that are traced into MODEL_DIR/profile,
+        counted from 1, both included; () traces none.
+      peak_flops: FLOP/s of one chip at best, for compute/mfu; 0 takes the published
+        figure of a chip that is known.
     """
 
     train_steps: int
@@ -166,6 +170,8 @@ class LoopSettings:
     checkpoint_period: int = 1000
     eval_period: int = 0
     keep_checkpoints: int = 2
+    profile_steps: tuple[int, ...] = ()
+    peak_flops: float = 0.0
 
     def __post_init__(self):
         for name in (
@@ -178,10 +184,26 @@ class LoopSettings:
         ):
             check_integer(name, getattr(self, name), 1)
         check_integer("eval_period", self.eval_period)
+        check_range("peak_flops", self.peak_flops, 0.0, high_open=True)
+        self._check_profile_steps()
         if self.batch_size % self.num_microbatches:
             raise UserError(
                 f"num_microbatches must divide batch_size {self.batch_size}, "
                 f"got {self.num_microbatches}"
+            )
+
+    def _check_profile_steps(self):
+        window = tuple(self.profile_steps)
+        is_window = len(window) == 2 and all(type(step) is int for step in window)
+        if window and not (is_window and 1 <= window[0] <= window[1]):
+            raise UserError(
+                "profile_steps must be () or (first, last), two steps counted from 1, "
+                f"got {window!r}"
+            )
+        if window and window[1] > self.train_steps:
+            raise UserError(
+                f"profile_steps {window!r} must end by the last of train_steps "
+                f"{self.train_steps}"
             )
 
 
@@ -252,13 +274,17 @@ class MeshSettings:
       data: copies of the parameters, each with a part of the batch.
       fsdp: the batch and the parameters are split over it.
       tensor: heads, hidden units and vocabulary are split over it.
+      slice: groups of devices with fast links inside and a slow network between them,
+        each with its own copy of the three sizes above; the batch is split over them.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice: int = 1
 
     def __post_init__(self):
+        check_integer("mesh slice", self.slice, 1)
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             if size != -1:

@@ -305,6 +305,8 @@ def train_step(
         ended_B = has_eos(*drawn.samples[0].responses, model.eos_id)
         metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
         metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
+        drawn_tokens = sum(one.responses.mask_BT.sum() for one in drawn.samples)
+        metrics["token/count"] = drawn_tokens.astype(jnp.float32)
         return state, metrics
 
     constants = dict(frozen)

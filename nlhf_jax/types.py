@@ -156,6 +156,8 @@ class LanguageModel(NamedTuple):
       vocab_size: number of logits.
       pad_id: id that fills the padding.
       eos_id: id that ends a response.
+      for_decoding: parameters -> parameters as `decode_step` wants them, made once
+        before a decode and not once a token: gathered from devices, say, or cast.
     """
 
     init: Callable[[jax.Array], Params]
@@ -168,6 +170,7 @@ class LanguageModel(NamedTuple):
     vocab_size: int
     pad_id: int
     eos_id: int
+    for_decoding: Callable[[Params], Params] = lambda params: params
 
 
 class PreferenceModel(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import checkpoints
+from nlhf_jax import checksums
 from nlhf_jax.checkpoints import (
     Checkpointer,
     CheckpointError,
@@ -295,7 +295,7 @@ def test_nothing_readable_is_a_user_error_and_nothing_is_renamed(tmp_path):
 def test_checksum_sees_any_one_flipped_bit(dtype):
     random = np.random.default_rng(0)
     array = random.integers(0, 2, size=(3, 5)).astype(dtype)
-    before = int(checkpoints._checksum(jnp.asarray(array)))
+    before = int(checksums.checksum(jnp.asarray(array)))
     raw = np.frombuffer(array.tobytes(), np.uint8)
     # A bool has one bit that counts.
     bits = range(0, 8 * raw.size, 8) if dtype == "bool" else range(8 * raw.size)
@@ -303,13 +303,13 @@ def test_checksum_sees_any_one_flipped_bit(dtype):
         flipped = raw.copy()
         flipped[bit // 8] ^= 1 << (bit % 8)
         other = np.frombuffer(flipped.tobytes(), array.dtype).reshape(array.shape)
-        assert int(checkpoints._checksum(jnp.asarray(other))) != before
+        assert int(checksums.checksum(jnp.asarray(other))) != before
 
 
 def test_checksum_by_hand():
     words = np.asarray([[3, 5, 2**31], [7, 11, 13]], np.uint32)
     expected = sum(int(w) * (2 * i + 1) for i, w in enumerate(words.ravel())) % 2**32
-    assert int(checkpoints._checksum(jnp.asarray(words))) == expected
+    assert int(checksums.checksum(jnp.asarray(words))) == expected
 
 
 def _as_float32(params):

@@ -32,6 +32,7 @@ def run(
     ruff_exit: int = 0,
     battery: str = BATTERY,
     battery_exit: int = 0,
+    pip_exit: int = 0,
 ):
     """Runs the script and returns (exit code, lines of its output)."""
     (clone / "launch" / "here.py").write_text(
@@ -42,7 +43,9 @@ def run(
         f"sys.exit({battery_exit} if flags else {tests_exit})\n"
     )
     python = clone / ".venv" / "bin" / "python"
-    python.write_text(f"#!/bin/sh\nexit {ruff_exit}\n")
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = ruff ] && exit {ruff_exit}\nexit {pip_exit}\n'
+    )
     python.chmod(0o755)
     done = subprocess.run(
         ["bash", ".ci/run"],
@@ -108,6 +111,13 @@ def test_skips_of_the_battery_are_judged_too(clone):
     code, lines = run(clone, PASSED, battery=f"{SKIPPED}\n{BATTERY}")
     assert code == 0
     assert lines[-3].startswith("ci: 2 tests skipped")
+
+
+def test_without_the_tpu_compiler_the_rest_runs(clone):
+    code, lines = run(clone, PASSED, pip_exit=1)
+    assert code == 0
+    assert "ci: no libtpu here; its tests are skipped" in lines
+    assert lines[-2:] == [PASSED, BATTERY]
 
 
 def test_linter_fails_it(clone):

@@ -63,7 +63,7 @@ def test_version(capsys):
 def test_help_of_a_job_describes_each_of_its_parameters(capsys, job):
     code, out, _ = run(capsys, job, "--help")
     assert code == 0
-    for name in cli._hints(job):
+    for name in cli.parameters(job):
         assert f"--{name}" in out, name
 
 
@@ -111,7 +111,7 @@ def test_python_m_is_the_same_command():
         (["sft", *READY, "--gin.TRAIN_STEPS=many"], "must be an integer, got 'many'"),
         (["sft", *READY, "--gin.TRAIN_STEPS=1.5"], "must be an integer, got 1.5"),
         (["sft", *READY, "--gin.MODEL_DIR=7"], "must be a string in quotes, got 7"),
-        (["sft", *READY, "--gin.MODEL_DIR=a b"], "a b (text needs quotes"),
+        (["sft", *READY, "--gin.TRAIN_STEPS=a b"], "a b (text needs quotes"),
         (["sft", *READY, "--gin.LoopSetings.seed=1"], "(did you mean 'LoopSettings'?)"),
         (["sft", *READY, "--seed=one"], "sft.seed must be an integer, got 'one'"),
         (["sft", *READY, "--gin.sft.data=@DataSettings"], "(@NAME()), got @Data"),

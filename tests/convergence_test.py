@@ -393,7 +393,8 @@ def test_the_command_prints_everything_as_json(monkeypatch, capsys):
         ("--num_seeds=1", "num_seeds must be an integer of at least 2, got 1"),
         ("--num_records=49", "num_records must divide train_steps 1500, got 49"),
         ("--vocab_size=99", "vocab_size ** length must be at most 64, got 99 ** 2"),
-        ("--seed=99999999999999999999", "seed must be in [0, 2147483647]"),
+        ("--seed=2147483648", "seed must be in [0, 2147483647]"),
+        ("--seed=99999999999999999999", "seed must be an integer below 2**63"),
         (
             "--extra={'self_play': {'nosuch': 1.0}}",
             "parameter of self_play must be one",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nlhf_jax import gin_bindings, gin_files, gin_lint
+from nlhf_jax import gin_bindings, gin_files, gin_lint, gin_types
 from nlhf_jax.checks import UserError
 
 
@@ -143,8 +143,34 @@ def test_every_kind_of_right_value_passes(tmp_path, more):
         ("bake.times = 3", ":8: bake.times must be"),
         ("bake.times = ('1',)", ":8: bake.times must be"),
         ("bake.times = (1,\nA = 2", ":8: the value of bake.times is not a literal"),
-        ("just words", ":8: expected NAME = VALUE, FUNCTION.PARAMETER = VALUE or inc"),
-        ("import os", ":8: expected NAME = VALUE"),
+        ("just words", ":8: expected NAME = VALUE, FUNCTION.PARAMETER = VALUE, inc"),
+        ("from os import path", ":8: expected NAME = VALUE"),
+        (
+            "HEAT = (1\nHEAT = 200",
+            ":8: the value of HEAT is not a literal: (1 HEAT = 2",
+        ),
+        ("HEAT = 'a\nHEAT = 200", ":8: the value of HEAT is not a literal: 'a (text"),
+        ("HEAT = 1e999", ":8: Oven.degrees must be a number, got 1e999"),
+        (
+            "Oven.shelf = 9223372036854775808",
+            ":8: Oven.shelf must be an integer below 2**63, got 9",
+        ),
+        ("bake.times = [@Oven()] @", ":8: nothing configurable is named ''"),
+        (
+            "bake.times = [1] [@Oven()] x",
+            ":8: the value of bake.times is not a literal",
+        ),
+        ("bake.times = {1: @Oven()}", ":8: bake.times must be of type"),
+        ("X = 'a'\nbake.times = (1, %X)", ":9: bake.times must be of type"),
+        (
+            "bake.oven = [@Oven()]",
+            ":8: bake.oven must be of type Oven (@NAME()), got [",
+        ),
+        ("HEAT = \x00", ":8: the value of HEAT must be on one line, without control"),
+        ("Oven.shelf = " + "1" * 500, f"got {'1' * 120}..."),
+        ("DAYS = 3", "of sourdough, none of which is used here"),
+        ("A = %B, %B\n" * 1 + "B = 2\nbake.times = (%A, 'x')", "bake.times must be of"),
+        ("include '.'", ":8) is a folder"),
         ("include 'missing.gin'", ":8) does not exist"),
         ("include 'run.gin'", "run.gin"),
     ],
@@ -185,6 +211,66 @@ def test_mistakes_of_the_command_line_name_its_flag(tmp_path):
     assert text == "--gin.HEAT: Oven.degrees must be a number, got 'hot'"
     text = mistake(GOOD, tmp_path, **{"Oven.shelf": "1.5"})
     assert text.startswith("--gin.Oven.shelf: ")
+
+
+def test_macros_that_double_and_double_are_refused_at_once(tmp_path):
+    """Thirty macros, each twice the one before, write a value of 2^30 parts."""
+    lines = [f"A{n} = (%A{n + 1}, %A{n + 1})" for n in range(30)]
+    more = "\n".join([*lines, "A30 = 1", "bake.times = %A0", ""])
+    assert "is not a literal" in mistake(GOOD + more, tmp_path)
+
+
+def statement(value: str, key: str = "FOLDER") -> gin_files.Statement:
+    return gin_files.Statement(key, value, f"--gin.{key}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("FOLDER", "a b", "'a b'"),
+        ("FOLDER", "runs/a=1,b", "'runs/a=1,b'"),
+        ("FOLDER", "", "''"),
+        ("bake.folder", "a b", "'a b'"),
+        ("FOLDER", "'a b'", "'a b'"),
+        ("FOLDER", "7", "7"),
+        ("FOLDER", "None", "None"),
+        ("FOLDER", "%HEAT", "%HEAT"),
+        ("FOLDER", "it's", "it's"),
+        ("HEAT", "a b", "a b"),
+        ("Oven.degrees", "a b", "a b"),
+        ("NOBODYS", "a b", "a b"),
+    ],
+)
+def test_text_gets_its_quotes_where_only_text_is_read(tmp_path, key, value, expected):
+    statements = read(tmp_path, GOOD)
+    found = gin_lint.as_text(statement(value, key), statements, REGISTRY)
+    assert found.value == expected
+
+
+def test_a_name_that_one_file_sets_twice_is_told_and_an_overridden_one_is_not(tmp_path):
+    (tmp_path / "b.gin").write_text("A = 1\nB = 1\n")
+    text = f"include '{tmp_path}/b.gin'\nA = 2\nC = 1\nA = 3\n"
+    (sentence,) = gin_lint.repeated(read(tmp_path, text))
+    assert sentence == f"{tmp_path}/a.gin:4: A is set in line 2 too; this one counts"
+
+
+def test_the_places_of_a_sentence_are_those_of_the_value_it_shows(tmp_path):
+    statements = read(tmp_path, GOOD + "small/Oven.degrees = -3\nbake.times = ()\n")
+    sentence = "degrees must be in [0, 300], got -3"
+    assert gin_lint.places_in(sentence, statements) == f" ({tmp_path}/a.gin:7)"
+    sentence = "degrees must be something else"
+    assert gin_lint.places_in(sentence, statements) == (
+        f" ({tmp_path}/a.gin:3, {tmp_path}/a.gin:7)"
+    )
+    assert gin_lint.places_in("no parameter is named", statements) == ""
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a b", "A\nB", "import", "A.", "A..b", "1A", "class"]
+)
+def test_what_is_no_name_is_refused(key):
+    with pytest.raises(UserError, match="is no name of a macro or binding"):
+        gin_lint.check("bake", [statement("1", key)], REGISTRY)
 
 
 def test_later_statements_win(tmp_path):
@@ -274,7 +360,7 @@ def test_a_missing_file_names_the_nearest_of_the_project():
     ],
 )
 def test_matches(value, hint, expected):
-    assert gin_lint.matches(value, hint) == expected
+    assert gin_types.matches(value, hint) == expected
 
 
 def test_split_key():

@@ -18,7 +18,10 @@ PACKAGE = ROOT / "nlhf_jax"
 # besides Python's library and EVERYWHERE.
 LAYERS = (
     (0, {"types": (), "checks": ()}),
-    (1, {"sequences": (), "settings": ()}),
+    (1, {"sequences": (), "settings": (), "global_arrays": ()}),
+    (1, {"discovery": ()}),
+    (1, {"roll_call": ()}),
+    (1, {"distributed": ()}),
     (
         2,
         {
@@ -29,11 +32,12 @@ LAYERS = (
             "selection": (),
         },
     ),
+    (3, {"partitioning": ()}),
+    (3, {"constraints": ()}),
     (
         3,
         {
             "decoding": (),
-            "partitioning": (),
             "optimizers": ("optax",),
             "models": ("flax",),
             "data": (
@@ -45,24 +49,28 @@ LAYERS = (
             ),
         },
     ),
-    (3, {"preferences": ("flax", "httpx")}),
+    (3, {"preferences": ("flax", "httpx"), "scale": ()}),
+    (3, {"flops": ()}),
     (4, {"algorithms": ()}),
     (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),
     (
         6,
         {
-            "metrics": ("tensorboard",),
+            "event_files": ("tensorboard",),
             "parameter_files": ("safetensors",),
             "evaluation": ("jinja2", "matplotlib", "optax", "rouge_score"),
         },
     ),
+    (6, {"checksums": (), "metrics": ()}),
     (6, {"checkpoints": ("etils", "orbax"), "progress": ("rich",)}),
+    (6, {"profiling": (), "speed": ()}),
     (7, {"loop": ()}),
-    (8, {"jobs": ("rich",)}),
-    (9, {"gin_files": ()}),
+    (8, {"jobs": ("etils", "rich")}),
+    (9, {"gin_files": (), "gin_types": ()}),
     (9, {"gin_lint": ()}),
     (9, {"gin_bindings": ("gin",)}),
     (9, {"cli": ("absl",)}),
+    (9, {"compile_command": ()}),
     (9, {"__main__": ()}),
 )
 EVERYWHERE = ("jax", "numpy", "jaxtyping")

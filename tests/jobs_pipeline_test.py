@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from nlhf_jax.jobs.evaluate import evaluate
 from nlhf_jax.jobs.sample import sample
 from nlhf_jax.jobs.supervised import preference, reward, sft
 from nlhf_jax.jobs.train import train
+from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.raters import RaterPopulation
 from nlhf_jax.settings import (
     DataSettings,
@@ -296,7 +296,7 @@ def test_sets_and_updates_of_a_run_are_the_users_choice(work, run_train, policy)
     [
         ({"num_gap_samples": 1}, "num_gap_samples must be 0 or at least 2, got 1"),
         ({"num_updates_per_rollout": 0}, "num_updates_per_rollout must be an integer"),
-        ({"write_sets": ("averag",)}, "parameter set of nash_md_pg must be one of"),
+        ({"write_sets": ("averag",)}, "nash_md_pg has only its policy to write"),
     ],
 )
 def test_settings_of_a_run_are_checked_first(work, run_train, changes, complaint):
@@ -449,10 +449,12 @@ def test_a_tournament_needs_two_policies_and_known_names(
 def test_policies_of_another_shape_are_refused(
     tmp_path, data, policy, preference_model
 ):
-    narrow = shutil.copytree(policy, tmp_path / "narrow")
+    narrow = tmp_path / "narrow"
     other = dataclasses.replace(folders.read_description(policy).settings, mlp_dim=8)
     described = folders.ModelDescription("language_model", other, LENGTHS)
     folders.describe(narrow, described, "byte")
+    params = jax.jit(t5_language_model(other).init)(jax.random.key(0))
+    checkpoints.save_params(narrow, params, "float32")
     with pytest.raises(UserError, match="'narrow' must have the reference's shape"):
         evaluate(
             model_dir=str(tmp_path / "out"),

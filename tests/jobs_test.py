@@ -61,9 +61,10 @@ def work(tmp_path_factory):
         }
         for word in WORDS
     ]
-    for name in ("train", "evaluation"):
-        write_lines(folder / f"sft_{name}.jsonl", targets)
-        write_lines(folder / f"pairs_{name}.jsonl", pairs)
+    for name, verb in (("train", "say"), ("evaluation", "tell")):
+        for kind, rows in (("sft", targets), ("pairs", pairs)):
+            asked = [r | {"prompt": r["prompt"].replace("say", verb)} for r in rows]
+            write_lines(folder / f"{kind}_{name}.jsonl", asked)
     for run, data in (("sft", "sft"), ("preference", "pairs"), ("reward", "pairs")):
         files = (
             f"TRAIN_FILE = '{folder}/{data}_train.jsonl'\n"

@@ -96,7 +96,7 @@ def test_parameters_do_not_depend_on_it():
         network = t5_language_model(settings, memory)
         jax.tree.map(
             np.testing.assert_array_equal,
-            network.init(jax.random.key(0)),
+            jax.jit(network.init)(jax.random.key(0)),
             parameters(settings),
         )
         assert network.logical_axes == t5_language_model(settings).logical_axes

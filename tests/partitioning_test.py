@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from nlhf_jax import partitioning
+from nlhf_jax import constraints, partitioning
 from nlhf_jax.checks import UserError
 from nlhf_jax.settings import MeshSettings
 from nlhf_jax.supervised_step import init_state
@@ -227,14 +227,14 @@ def test_equal_shapes_do_not_mix_up_parameters():
 
 def test_constrain_does_nothing_without_a_mesh():
     array = jnp.ones((2, 3))
-    assert partitioning.constrain(array, ("batch", "embed")) is array
+    assert constraints.constrain(array, ("batch", "embed")) is array
     mesh = partitioning.make_mesh(MeshSettings())
 
     def constrained(x):
-        return partitioning.constrain(x, ("batch", "embed")) * 2
+        return constraints.constrain(x, ("batch", "embed")) * 2
 
     assert "sharding_constraint" not in str(jax.make_jaxpr(constrained)(array))
-    assert partitioning.count_constraints(constrained, mesh, array) == 1
+    assert constraints.count_constraints(constrained, mesh, array) == 1
 
 
 def test_compilations_are_counted():
@@ -264,3 +264,56 @@ def test_lowering_needs_no_arrays():
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = jax.ShapeDtypeStruct((3,), jnp.float32)
     assert "func" in step.lower(abstract, abstract, key).as_text()
+
+
+class Device:
+    """Stands for a device of a slice; the mesh asks for no more."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+        self.coords, self.core_on_chip = (number % 2, number % 4 // 2, 0), 0
+
+
+def slices(count: int, each: int = 4) -> list[Device]:
+    return [Device(i * each + n, i) for i in range(count) for n in range(each)]
+
+
+def test_a_batch_goes_over_slices_and_parameters_do_not():
+    mesh = partitioning.over_slices((2, 2, 1), 2, slices(2))
+    assert mesh.shape == (4, 2, 1)  # two slices, each 2 x 2 x 1
+    rows = [{device.slice_index for device in row.ravel()} for row in mesh]
+    assert rows == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize(("wanted", "there"), [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_slices_is_refused(wanted, there):
+    with pytest.raises(UserError, match=f"mesh slice must be {there}, .* got {wanted}"):
+        partitioning.make_mesh(MeshSettings(slice=wanted), slices(there))
+
+
+def test_slices_count_among_the_sizes():
+    with pytest.raises(UserError, match="mesh slice=2 x data=3 x fsdp=1 x tensor=1"):
+        partitioning.make_mesh(MeshSettings(data=3, slice=2), slices(2))
+    with pytest.raises(UserError, match="mesh slice must be an integer of at least 1"):
+        MeshSettings(slice=0)
+
+
+def test_a_size_that_does_not_divide_stays_whole():
+    mesh = partitioning.make_mesh(MeshSettings(), jax.devices()[:1])
+
+    def laid(x):
+        return constraints.constrain(x, ("batch", "heads"))
+
+    assert constraints.count_constraints(laid, mesh, jnp.ones((3, 5))) == 1
+    odd = {"data": 2, "fsdp": 2, "tensor": 4}
+    kept = constraints._fitting(
+        jnp.ones((8, 6)), P(("data", "fsdp"), "tensor"), type("M", (), {"shape": odd})
+    )
+    assert kept == P(("data", "fsdp"), None)
+
+
+def test_gathering_needs_a_mesh_that_splits():
+    array = jnp.ones((4, 2))
+    assert constraints.gather(array, ("embed", "mlp")) is array

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlhf_jax import partitioning
+from nlhf_jax import constraints, partitioning
 from nlhf_jax.checkpoints import Checkpointer
 from nlhf_jax.checks import UserError
 from nlhf_jax.optimizers import make_optimizer
@@ -34,7 +34,7 @@ def padded_model():
 
     def logits(params, prompts, tokens_BT, dropout_key=None):
         logits_BTV = model.logits(params, prompts, tokens_BT, dropout_key)
-        return partitioning.constrain(logits_BTV, ("batch", "length", "vocab"))
+        return constraints.constrain(logits_BTV, ("batch", "length", "vocab"))
 
     return model._replace(init=init, logits=logits, **from_all_logits(logits))
 
@@ -76,7 +76,7 @@ def train(settings, devices, name="adamw", num_microbatches=1):
         "keeps_sharding": all(jax.tree.leaves(same)),
         "donated": old.is_deleted(),
         "specs": sorted({str(s.spec) for s in jax.tree.leaves(sharding)}),
-        "constraints": partitioning.count_constraints(
+        "constraints": constraints.count_constraints(
             step_fn, mesh, state, toys.supervised_batch(0), key
         ),
     }

@@ -2,8 +2,9 @@
 """Examples in host memory, and batches that are a pure function of (seed, step).
 
 A split is tokenised once. Epoch e of a seed is a permutation drawn from (seed, e), so
-a resumed run reads the same batches and there is no iterator to save. The letter E
-counts the examples of a split. All arrays are numpy's.
+a resumed run reads the same batches and there is no iterator to save; of several
+processes each takes its own rows of a batch. The letter E counts the examples of a
+split, R the rows that are taken. All arrays are numpy's.
 """
 
 import dataclasses
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from nlhf_jax import distributed
 from nlhf_jax.checks import UserError, check_choice, check_integer
-from nlhf_jax.data import jsonl, tasks
+from nlhf_jax.data import jsonl, tasks, token_checks
 from nlhf_jax.data.vocabularies import Vocabulary, decode, encode
 from nlhf_jax.settings import DataSettings
 from nlhf_jax.types import ComparisonBatch, PromptBatch, Responses, SupervisedBatch
 
 PAD_ID = 0
+Rows = Int[np.ndarray, "R"]
 
 
 # ---------------------------------------------------------------------------- order
@@ -153,10 +156,12 @@ class SupervisedData:
         """Returns the number of examples, E."""
         return len(self.prompt_texts)
 
-    def batch(self, seed: int, step: int, batch_size: int) -> SupervisedBatch:
-        """Returns batch `step` of the order drawn from `seed`."""
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: Rows | None = None
+    ) -> SupervisedBatch:
+        """Returns batch `step` of the order drawn from `seed`, or `rows` of it only."""
         _, indices_B = example_order(seed, step, batch_size, self.num_examples)
-        return self.take(indices_B)
+        return self.take(indices_B if rows is None else indices_B[rows])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> SupervisedBatch:
         """Returns the examples at `indices`, in that order."""
@@ -191,13 +196,17 @@ class ComparisonData:
         """Returns the number of examples, E."""
         return len(self.prompt_texts)
 
-    def batch(self, seed: int, step: int, batch_size: int) -> ComparisonBatch:
-        """Returns batch `step` of the order drawn from `seed`.
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: Rows | None = None
+    ) -> ComparisonBatch:
+        """Returns batch `step` of the order drawn from `seed`, or `rows` of it only.
 
         Each epoch exchanges first and second of a random half of the examples and
         writes 1 - preference, so that no model can learn from the place.
         """
         epochs_B, indices_B = example_order(seed, step, batch_size, self.num_examples)
+        if rows is not None:
+            epochs_B, indices_B = epochs_B[rows], indices_B[rows]
         swapped = [
             _swaps(seed, int(epoch), self.num_examples)[index]
             for epoch, index in zip(epochs_B, indices_B, strict=True)
@@ -252,9 +261,11 @@ def _read_examples(
             ", or group_field to 'prompt'" if remedy and split == "evaluation" else ""
         )
         raise UserError(f"task {name!r} has no split {split!r}{remedy}")
-    examples = _examples_of(task, split)
+    # The first process prepares what the task keeps on disk, then all read it.
+    examples = distributed.first_then_others("data", lambda: _examples_of(task, split))
     if not examples:
         raise UserError(f"task {name!r} has no examples in {split!r}")
+    token_checks.check_ids(examples, kind, vocabulary, f"task {name!r}, {split}")
     return examples
 
 
@@ -297,7 +308,9 @@ def supervised_from_rows(
     """
     checked = jsonl.check_rows(rows, jsonl.PROMPT_FIELDS)
     task = tasks.rows_task("rows", {"all": checked}, tasks.SUPERVISED, vocabulary)
-    return _supervised(_examples_of(task, "all"), task_feature_lengths, vocabulary)
+    examples = _examples_of(task, "all")
+    token_checks.check_ids(examples, tasks.SUPERVISED, vocabulary, "rows")
+    return _supervised(examples, task_feature_lengths, vocabulary)
 
 
 def _supervised(examples, lengths, vocabulary) -> SupervisedData:
@@ -340,7 +353,9 @@ def comparisons_from_rows(
     """
     checked = jsonl.check_rows(rows, jsonl.COMPARISON_FIELDS)
     task = tasks.rows_task("rows", {"all": checked}, tasks.COMPARISONS, vocabulary)
-    return _comparisons(_examples_of(task, "all"), task_feature_lengths, vocabulary)
+    examples = _examples_of(task, "all")
+    token_checks.check_ids(examples, tasks.COMPARISONS, vocabulary, "rows")
+    return _comparisons(examples, task_feature_lengths, vocabulary)
 
 
 def _comparisons(examples, lengths, vocabulary) -> ComparisonData:

@@ -7,15 +7,19 @@
 
 `preference` is P(response_a preferred to response_b) in [0, 1]; a tie is 0.5. A file
 whose name ends in .gz is gzipped. Further fields are kept; one of them can name the
-group (topic, author, ...) that is held out as a whole.
+group (topic, author, ...) that is held out as a whole. An `id` stands once in a file.
 """
 
 import difflib
+import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import pathlib
+import sys
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +30,9 @@ from nlhf_jax.settings import DataSettings
 Row = dict[str, Any]
 PROMPT_FIELDS = ("prompt", "target")
 COMPARISON_FIELDS = ("prompt", "response_a", "response_b", "preference")
+ID_FIELD = "id"
+# A longer line is no text of a data set; nothing longer is ever held in memory.
+LONGEST_LINE = 64 * 2**20  # bytes
 
 _JSON_TYPES = {
     dict: "an object",
@@ -81,14 +88,21 @@ def _near(field: str, others: Sequence[str], row: Row) -> str:
 def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
         raise UserError(f"{what} must be text, got {_JSON_TYPES[type(value)]}")
-    if not value.strip():
+    if _is_blank(value):
         raise UserError(f"{what} must not be empty or blank")
+    if "\0" in value:
+        raise UserError(f"{what} holds a NUL at character {value.index(chr(0))}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"{what} holds half a surrogate pair at character {error.start}"
         ) from None
+
+
+def _is_blank(text: str) -> bool:
+    """Returns whether nothing in a text can be seen."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def _check_preference(value: Any, what: str) -> None:
@@ -128,13 +142,24 @@ def read_rows(path: str, fields: Sequence[str], group_field: str = "") -> list[R
       UserError: one sentence with the file, the line (counted from 1) and what is
         wrong: no file, not UTF-8, not JSON, or as `check_row`.
     """
-    rows = [
-        check_row(value, fields, where, group_field)
-        for value, where in parsed_lines(path)
-    ]
+    rows, ids = [], {}
+    for value, where in parsed_lines(path):
+        rows.append(check_row(value, fields, where, group_field))
+        if ID_FIELD in value and group_field != ID_FIELD:
+            _check_id(value[ID_FIELD], ids, where)
     if not rows:
         raise UserError(f"{path} is empty: it must hold at least one line of JSON")
     return rows
+
+
+def _check_id(value: Any, seen: dict[str | int, str], where: str) -> None:
+    """Raises a UserError for an id that an earlier line has: one was put in twice."""
+    if not isinstance(value, (str, int)):
+        raise UserError(f"{where}: 'id' must be text or integer")
+    if value in seen:
+        line = seen[value].rpartition(" ")[2]
+        raise UserError(f"{where}: 'id' {value!r:.80} stands in line {line} already")
+    seen[value] = where
 
 
 def parsed_lines(path: str) -> Iterator[tuple[Any, str]]:
@@ -146,37 +171,70 @@ def parsed_lines(path: str) -> Iterator[tuple[Any, str]]:
 def _lines(path: str) -> Iterator[tuple[str, str]]:
     """Yields (line, "FILE line NUMBER") for the lines that are not blank."""
     offset = 0
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), 1):
-        where = f"{path} line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            at = offset + error.start
-            raise UserError(f"{where}: is not UTF-8 at byte {at} of the file") from None
-        offset += len(line) + 1
-        if text.strip():
-            yield text, where
+    with _opened(path) as stream:
+        for number, line in enumerate(_raw_lines(path, stream), 1):
+            where = f"{path} line {number}"
+            if len(line) > LONGEST_LINE:
+                size = f"{LONGEST_LINE >> 20} MiB"
+                raise UserError(f"{where}: must be of at most {size}, is longer")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise UserError(
+                    f"{where}: is not UTF-8 at byte {at} of the file"
+                ) from None
+            offset += len(line)
+            if text.strip():
+                yield text, where
 
 
-def _read_bytes(path: str) -> bytes:
-    file = pathlib.Path(path).expanduser()
+def _opened(path: str) -> io.BufferedIOBase:
     try:
-        data = file.read_bytes()
-        return gzip.decompress(data) if file.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
+        file = pathlib.Path(path).expanduser()
+        return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} can't be read: {reason}") from None
 
 
+def _raw_lines(path: str, stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """Yields the lines as they stand, one at a time: a file may be larger than memory.
+
+    Of a line that is too long the beginning.
+    """
+    while True:
+        try:
+            line = stream.readline(LONGEST_LINE + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} can't be read: {reason}") from None
+        if not line:
+            return
+        yield line
+
+
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_as_object)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: is not JSON: {error.msg} at column {error.colno}"
         ) from None
+    except KeyError as error:
+        name = str(error.args[0])
+        raise UserError(f"{where}: field {name!r:.80} stands twice") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: is not JSON: {error}") from None
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object; all lines share its names. KeyError where one repeats."""
+    found = {sys.intern(name): value for name, value in pairs}
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -240,4 +298,27 @@ def read_splits(settings: DataSettings, fields: Sequence[str]) -> dict[str, list
             splits = split_by_group(rows, held_out, settings.evaluation_share)
     if settings.evaluation_file:
         splits["evaluation"] = read_rows(settings.evaluation_file, fields)
+    _warn_of_overlap(settings, splits)
     return splits
+
+
+def _warn_of_overlap(
+    settings: DataSettings, splits: Mapping[str, Sequence[Row]]
+) -> None:
+    """Says how many held-out rows ask what training has seen."""
+    if len(splits) < 2:
+        return
+    seen = {row["prompt"] for row in splits["train"]}
+    count = sum(row["prompt"] in seen for row in splits["evaluation"])
+    if count:
+        place = settings.evaluation_file or settings.train_file
+        _warn(
+            f"{place}: {count} of {len(splits['evaluation'])} rows held out have a "
+            "prompt that training reads too"
+        )
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Prints a sentence; a job reads its files more than once, and says it once."""
+    print(f"nlhf: {sentence}", file=sys.stderr, flush=True)

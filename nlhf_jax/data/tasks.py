@@ -37,10 +37,29 @@ def get_task(
       UserError: no such task (lists them and the nearest), or it has other features.
     """
     name = settings.mixture_or_task_name
+    check_name(settings, kind)
     seqio = import_seqio()
     builders = _BUILDERS[tuple(kind)]
     if name in builders:
         return builders[name](settings, vocabulary)
+    task = seqio.get_mixture_or_task(name)
+    missing = [feature for feature in kind if feature not in task.output_features]
+    if missing:
+        raise UserError(f"task {name!r} has no feature {missing[0]!r}, which is needed")
+    return task
+
+
+def check_name(settings: DataSettings, kind: Sequence[str]) -> None:
+    """Checks that there is a task of the name; seqio is asked last, it takes seconds.
+
+    Raises:
+      UserError: there is none; lists the known ones and the nearest.
+    """
+    name = settings.mixture_or_task_name
+    builders = _BUILDERS[tuple(kind)]
+    if name in builders:
+        return
+    seqio = import_seqio()
     registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - _own
     if name not in registered:
         everything = registered.union(*_BUILDERS.values())
@@ -50,11 +69,6 @@ def get_task(
                 f"{', '.join(builders)}"
             )
         check_choice("mixture_or_task_name", name, everything)
-    task = seqio.get_mixture_or_task(name)
-    missing = [feature for feature in kind if feature not in task.output_features]
-    if missing:
-        raise UserError(f"task {name!r} has no feature {missing[0]!r}, which is needed")
-    return task
 
 
 def check_files(settings: DataSettings, kind: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nlhf_jax.checks import UserError, check_range, nearest
+from nlhf_jax.games import folds
 from nlhf_jax.types import Schedule
 
 # The largest squared frequency at which a game of preferences turns: docs/math.md (25).
@@ -72,10 +73,9 @@ def begin(game: Game, start_N: Float[Array, "N"]) -> Iterate:
 
 def payoff(game: Game, logits_N: Logits) -> Logits:
     """Returns P(y > opponent) for each y, against softmax(logits); docs/math.md (2)."""
-    share_N = jnp.exp(logits_N - logits_N.max())
-    # A product with ones is summed in parallel, and what is divided is what comes out:
-    # in small games a softmax would cost as much as the product with the matrix.
-    return (game.preference_NN @ share_N) / (jnp.ones_like(share_N) @ share_N)
+    share_N = jnp.exp(logits_N - folds.largest(logits_N))
+    # Divided after the product, so that the product need not wait for the sum.
+    return (game.preference_NN @ share_N) / folds.total(share_N)
 
 
 def blend(logits_N: Logits, magnet_N: Logits, weight: jax.Array | float) -> Logits:

@@ -22,6 +22,7 @@ from nlhf_jax.games.matrices import Matrix, check_preference_matrix
 MISSING = ("", "-", "na", "n/a", "null")
 # Tables are published with six decimals or so; both halves are rounded.
 ROUNDING = 2e-6
+LONGEST_NAME = 200  # characters of a player's name
 LARGEST_LIST = 3  # missing cells that an error names
 
 
@@ -132,16 +133,27 @@ def _read(text_path: str | pathlib.Path) -> tuple[tuple[str, ...], np.ndarray, b
         raise UserError(f"there is no table {str(text_path)!r}") from None
     is_json = path.suffix.lower() == ".json"
     names, rows, is_wins = _json(path, text) if is_json else _csv(path, text)
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise UserError(f"{path} has no name for player {number}")
-        if name in names[: number - 1]:
-            raise UserError(f"{path} names {name!r} twice")
     value_NN = np.full((len(names),) * 2, np.nan)
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             value_NN[i, j] = _number(path, names[i], names[j], cell)
     return names, value_NN, is_wins
+
+
+def _check_names(path: pathlib.Path, names: Sequence[str]) -> None:
+    """Raises a UserError for a player without a name of their own."""
+    seen = set()
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise UserError(f"{path} has no name for player {number}")
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{path}: the name of player {number} must be printable and of at most "
+                f"{LONGEST_NAME} characters, got {name!r:.80}"
+            )
+        if name in seen:
+            raise UserError(f"{path} names {name!r} twice")
+        seen.add(name)
 
 
 def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], bool]:
@@ -157,6 +169,7 @@ def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], bo
         )
     head, body = [cell.strip() for cell in lines[0]], lines[1:]
     names = tuple(head[1:])
+    _check_names(path, names)
     if len(body) != len(names):
         raise UserError(
             f"{path} must be square: {len(names)} names in the first row, "
@@ -167,7 +180,7 @@ def _csv(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], bo
         if line[0].strip() != name:
             raise UserError(
                 f"{path}: the first column must repeat the first row's names in order, "
-                f"got {line[0].strip()!r} for {name!r}"
+                f"got {line[0].strip()!r:.80} for {name!r}"
             )
         if len(line) != len(names) + 1:
             raise UserError(
@@ -194,6 +207,7 @@ def _json(path: pathlib.Path, text: str) -> tuple[tuple[str, ...], list[list], b
     names, rows = found["names"], found[kinds[0]]
     if not _is_list_of(names, str) or not names:
         raise UserError(f"{path}: names must be a list of texts, got {names!r:.60}")
+    _check_names(path, names)
     size = len(names)
     if not _is_list_of(rows, list) or [len(row) for row in rows] != [size] * size:
         raise UserError(f"{path}: {kinds[0]} must be {size} rows of as many cells")
@@ -222,7 +236,7 @@ def _number(path, row: str, column: str, cell) -> float:
         value = np.nan
     if not np.isfinite(value):
         raise UserError(
-            f"{path}: {row} against {column} must be a number, got {text!r}"
+            f"{path}: {row} against {column} must be a number, got {text!r:.80}"
         )
     return value
 

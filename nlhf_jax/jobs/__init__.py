@@ -19,4 +19,8 @@ JOBS = {
     "convergence": "nlhf_jax.jobs.convergence:convergence",
 }
 
-COMMANDS = {"games": "nlhf_jax.jobs.games:main"}
+COMMANDS = {
+    "games": "nlhf_jax.jobs.games:main",
+    "compile": "nlhf_jax.compile_command:main",
+    "doctor": "nlhf_jax.jobs.doctor:main",
+}

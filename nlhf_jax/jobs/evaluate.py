@@ -106,6 +106,9 @@ def evaluate(
     if _is_played(pathlib.Path(model_dir), given):
         print(f"tournament: played already, {model_dir}", file=sys.stderr)
         return
+    folders.check_same_vocabulary(
+        reference_checkpoint, preference_checkpoint, *policies.values()
+    )
     reference = load_policy(reference_checkpoint)
     judge = judges.load_judge(preference_checkpoint=preference_checkpoint)
     asked = _choose_prompts(data, reference, num_prompts, seed)

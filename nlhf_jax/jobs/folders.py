@@ -10,11 +10,18 @@ MODEL_DIR/
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
 
-from nlhf_jax.checks import UserError
+from nlhf_jax import distributed
+from nlhf_jax.checks import (
+    UserError,
+    check_choice,
+    check_folder_name,
+    check_integer,
+)
 from nlhf_jax.settings import T5Settings
 
 DESCRIPTION_FILE = "model.json"
@@ -56,7 +63,16 @@ class ModelDescription:
 def describe(
     model_dir: pathlib.Path, description: ModelDescription, vocabulary_path: str
 ) -> None:
-    """Writes the description and copies the vocabulary into `model_dir`."""
+    """Writes the description and copies the vocabulary; process 0 does, others wait."""
+    distributed.first_does(
+        "description",
+        lambda: _write_description(model_dir, description, vocabulary_path),
+    )
+
+
+def _write_description(
+    model_dir: pathlib.Path, description: ModelDescription, vocabulary_path: str
+) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
     target = model_dir / VOCABULARY_FILE
     if vocabulary_path == BYTE_VOCABULARY:
@@ -137,18 +153,27 @@ def find_model_dir(checkpoint: str | pathlib.Path) -> pathlib.Path:
 
 
 def _read(folder: pathlib.Path) -> ModelDescription:
+    file = folder / DESCRIPTION_FILE
     try:
-        return ModelDescription.from_json((folder / DESCRIPTION_FILE).read_text())
+        found = ModelDescription.from_json(file.read_text(encoding="utf-8"))
+        _check_description(found)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder / DESCRIPTION_FILE} is not a model description: no JSON from "
-            f"line {error.lineno} on"
-        ) from error
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / DESCRIPTION_FILE} is not a model description: "
-            f"{' '.join(map(str, error.args))}"
-        ) from error
+        reason = f"no JSON from line {error.lineno} on"
+    except UnicodeDecodeError:
+        reason = "no UTF-8"
+    except (KeyError, TypeError, AttributeError, UserError) as error:
+        reason = " ".join(map(str, error.args))
+    except (OSError, RecursionError, ValueError) as error:
+        reason = str(error)
+    else:
+        return found
+    raise UserError(f"{file} is not a model description: {reason:.200}")
+
+
+def _check_description(found: ModelDescription) -> None:
+    check_choice("kind", found.kind, KINDS)
+    for name in ("inputs", "targets"):
+        check_integer(f"feature_lengths[{name!r}]", found.feature_lengths[name], 1)
 
 
 def read_description(
@@ -184,9 +209,31 @@ def vocabulary_file(checkpoint: str | pathlib.Path) -> str:
       UserError: the folder has none.
     """
     folder = find_model_dir(checkpoint)
-    name = _read(folder).vocabulary
+    name = check_folder_name("the vocabulary of a model", _read(folder).vocabulary)
     if name == BYTE_VOCABULARY:
         return name
     if not (folder / name).is_file():
         raise UserError(f"model folder {str(folder)!r} has no {name}")
     return str(folder / name)
+
+
+def check_same_vocabulary(*checkpoints: str) -> None:
+    """Checks that models which read each other's tokens have one vocabulary.
+
+    Args:
+      checkpoints: model folders; "" is left out.
+
+    Raises:
+      UserError: names the first two that differ.
+    """
+    first, theirs = "", ""
+    for checkpoint in filter(None, checkpoints):
+        file = vocabulary_file(checkpoint)
+        if file != BYTE_VOCABULARY:
+            file = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+        if first and file != theirs:
+            raise UserError(
+                f"the {kind_of(checkpoint)} model {checkpoint!r} reads other tokens "
+                f"than the {kind_of(first)} model {first!r}: their vocabularies differ"
+            )
+        first, theirs = first or checkpoint, file

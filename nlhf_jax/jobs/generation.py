@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from nlhf_jax import global_arrays
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.decoding import sample
 from nlhf_jax.sequences import sequence_log_probs
@@ -64,8 +64,11 @@ def batch_slices(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def take(batch: Batch, rows: np.ndarray) -> Batch:
-    """Returns the given rows of prompts or responses, as device arrays."""
-    return type(batch)(*(jnp.asarray(np.asarray(leaf)[rows]) for leaf in batch))
+    """Returns the given rows of prompts or responses, in host memory.
+
+    A compiled program puts them beside its parameters, on however many devices.
+    """
+    return type(batch)(*(np.asarray(leaf)[rows] for leaf in batch))
 
 
 class Generator:
@@ -97,7 +100,7 @@ class Generator:
         for index, rows in enumerate(batch_slices(num_rows, self._batch_size)):
             batch_key = jax.random.fold_in(key, index)
             parts.append(
-                jax.device_get(
+                global_arrays.fetch(
                     self._decode(dict(param_sets), take(prompts, rows), batch_key)
                 )
             )
@@ -152,5 +155,5 @@ class LogRatio:
         for rows in batch_slices(num_rows, self._batch_size):
             batch = take(prompts, rows), take(responses, rows)
             sets = param_sets[POLICY], param_sets[REFERENCE]
-            parts.append(np.asarray(self._ratio(*sets, *batch)))
+            parts.append(global_arrays.fetch(self._ratio(*sets, *batch)))
         return np.concatenate(parts)[:num_rows]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nlhf_jax import distributed
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.evaluation.bounds import gain_of_the_best
 from nlhf_jax.jobs import generation, judges
@@ -87,17 +88,23 @@ class HeldOut:
         }
         if "preference" in self._judge.frozen:
             found |= self._judged(params, responses, self._before(step), key)
+        distributed.first_does("answers", lambda: self._keep(step, responses))
+        return found
+
+    def _keep(self, step: int, responses: Responses) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(self._folder / f"{step}.npz", **responses._asdict())
-        return found
 
     def _before(self, step: int) -> Responses | None:
         """Returns what was answered at the last evaluation before `step`."""
         kept = [int(f.stem) for f in self._folder.glob("*.npz") if f.stem.isdecimal()]
-        earlier = [one for one in kept if one < step]
-        if not earlier:
+        newest = max((one for one in kept if one < step), default=-1)
+        # What process 0 sees holds for all: they must ask the judge the same questions.
+        newest = int(distributed.exchange("answers before", str(newest))[0])
+        if newest < 0:
             return None
-        with np.load(self._folder / f"{max(earlier)}.npz") as answers:
+        file = self._folder / f"{newest}.npz"
+        with np.load(file, allow_pickle=False) as answers:
             return Responses(answers["tokens_BT"], answers["mask_BT"])
 
     def _judged(

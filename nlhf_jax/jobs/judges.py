@@ -3,18 +3,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from nlhf_jax import checkpoints
+from nlhf_jax import global_arrays
 from nlhf_jax.data import vocabularies
 from nlhf_jax.jobs import folders, policies
 from nlhf_jax.jobs.generation import batch_slices, take
 from nlhf_jax.preferences import inputs, judges, pairwise, reward
-from nlhf_jax.settings import MemorySettings
+from nlhf_jax.settings import MemorySettings, MeshSettings, T5Settings
 from nlhf_jax.types import (
     Judge,
     Params,
@@ -25,34 +26,40 @@ from nlhf_jax.types import (
 )
 
 
-def build_preference_model(
-    description: folders.ModelDescription,
-    vocabulary,
-    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+def preference_network(
+    settings: T5Settings, encode: inputs.Encode, **lengths_and_memory: Any
 ) -> PreferenceModel:
-    """Returns the pairwise model of a folder's description."""
-    return pairwise.pairwise_preference_model(
-        description.settings,
-        inputs.pairwise_template(lambda text: vocabularies.encode(text, vocabulary)),
-        prompt_length=description.feature_lengths["inputs"],
-        response_length=description.feature_lengths["targets"],
-        memory=memory,
-    )
+    """Returns the pairwise model of a shape; its template has the ids of `encode`."""
+    template = inputs.pairwise_template(encode)
+    return pairwise.pairwise_preference_model(settings, template, **lengths_and_memory)
 
 
-def build_reward_model(
-    description: folders.ModelDescription,
-    vocabulary,
-    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+def reward_network(
+    settings: T5Settings, encode: inputs.Encode, **lengths_and_memory: Any
 ) -> RewardModel:
-    """Returns the scalar model of a folder's description."""
-    return reward.reward_model(
+    """Returns the scalar model of a shape; its template has the ids of `encode`."""
+    template = inputs.reward_template(encode)
+    return reward.reward_model(settings, template, **lengths_and_memory)
+
+
+def _build(
+    make: Callable[..., Any],
+    description: folders.ModelDescription,
+    vocabulary: Any,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+) -> Any:
+    return make(
         description.settings,
-        inputs.reward_template(lambda text: vocabularies.encode(text, vocabulary)),
+        lambda text: vocabularies.encode(text, vocabulary),
         prompt_length=description.feature_lengths["inputs"],
         response_length=description.feature_lengths["targets"],
         memory=memory,
     )
+
+
+# (a folder's description, its vocabulary, memory) -> the model
+build_preference_model = functools.partial(_build, preference_network)
+build_reward_model = functools.partial(_build, reward_network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +86,7 @@ class LoadedJudge:
         """Returns P(first > second) in [0, 1] for host arrays, one compiled shape."""
         everything = np.arange(prompts.tokens_BS.shape[0])
         batch = (take(part, everything) for part in (prompts, first, second))
-        return np.asarray(self._compiled_preference(self.frozen, *batch))
+        return global_arrays.fetch(self._compiled_preference(self.frozen, *batch))
 
     def preferences_in_batches(
         self,
@@ -98,22 +105,29 @@ class LoadedJudge:
         return np.concatenate(parts)[:num_rows]
 
 
+NETWORKS = {"preference": preference_network, "reward": reward_network}
 BUILDERS = {"preference": build_preference_model, "reward": build_reward_model}
 
 
 def load_judge(
     *,
+    policy_checkpoint: str = "",
     preference_checkpoint: str = "",
     reward_checkpoint: str = "",
     memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+    mesh: MeshSettings | None = None,
 ) -> LoadedJudge:
     """Builds the judge from the folders named; an empty name leaves that part out.
 
-    Its parameters have the `frozen_dtype` of `memory`.
+    Its parameters have the `frozen_dtype` of `memory`, and lie on the mesh if given.
 
     Raises:
-      UserError: a folder is missing or holds another kind of model.
+      UserError: a folder is missing, holds another kind of model, or reads other tokens
+        than `policy_checkpoint` writes.
     """
+    folders.check_same_vocabulary(
+        policy_checkpoint, preference_checkpoint, reward_checkpoint
+    )
     models, frozen = {}, {}
     named = {"preference": preference_checkpoint, "reward": reward_checkpoint}
     for kind, checkpoint in named.items():
@@ -123,7 +137,7 @@ def load_judge(
                 folders.vocabulary_file(checkpoint)
             )
             models[kind] = BUILDERS[kind](description, vocabulary, memory)
-            params = checkpoints.load_params(folders.resolve(checkpoint))
+            params = policies.load_params(checkpoint, models[kind], mesh)
             frozen[kind] = policies.as_frozen(params, memory)
     judge = judges.learned_judge(models.get("preference"), models.get("reward"))
     axes = {kind: model.logical_axes for kind, model in models.items()}

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from nlhf_jax import checkpoints
+from nlhf_jax import checkpoints, partitioning
 from nlhf_jax.data import vocabularies
 from nlhf_jax.jobs import folders
 from nlhf_jax.models.t5 import t5_language_model
-from nlhf_jax.settings import MemorySettings
+from nlhf_jax.settings import MemorySettings, MeshSettings
 from nlhf_jax.types import LanguageModel, Params
 
 
@@ -43,11 +43,35 @@ def as_frozen(params: Params, memory: MemorySettings) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(memory.frozen_dtype), params)
 
 
+def load_params(
+    checkpoint: str, network: Any, mesh: MeshSettings | None = None
+) -> Params:
+    """Returns a folder's float32 parameters, each array where it will lie.
+
+    Args:
+      checkpoint: model folder.
+      network: has `init` and `logical_axes`.
+      mesh: how devices are laid out; None puts all on one.
+
+    Raises:
+      UserError: nothing readable is there, or it does not fit the network or the mesh.
+    """
+    source = folders.resolve(checkpoint)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    if mesh is None:
+        return checkpoints.load_params(source, shapes)
+    shardings = partitioning.shardings_for(
+        network.logical_axes, shapes, partitioning.make_mesh(mesh)
+    )
+    return checkpoints.load_params(source, shapes, shardings)
+
+
 def load_policy(
     checkpoint: str,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
+    mesh: MeshSettings | None = None,
 ) -> Policy:
-    """Reads a language model's folder.
+    """Reads a language model's folder; see `load_params` for the mesh.
 
     Raises:
       UserError: the folder is missing, of another kind, or its vocabulary has more
@@ -58,5 +82,5 @@ def load_policy(
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, description.settings.vocab_size)
     network = t5_language_model(description.settings, memory)
-    params = checkpoints.load_params(folders.resolve(checkpoint))
+    params = load_params(checkpoint, network, mesh)
     return Policy(description, network, params, vocabulary, vocabulary_path)

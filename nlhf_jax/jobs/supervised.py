@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervised jobs: fine-tuning, the preference model and the reward model."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -10,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from nlhf_jax import supervised_step
+from nlhf_jax import distributed, supervised_step
 from nlhf_jax.checks import check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data import tasks, vocabularies
 from nlhf_jax.evaluation import summaries
-from nlhf_jax.jobs import collect, folders, generation, runs
+from nlhf_jax.jobs import collect, folders, generation, runs, steps
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.settings import (
@@ -86,14 +85,15 @@ def sft(
         prompts = held_out.take(rows).prompts
         texts = decode({POLICY: params}, prompts, jax.random.key(seed)).texts
         references = [held_out.target_texts[row] for row in rows]
-        _write_samples(model_dir, state, held_out, rows, texts)
+        if distributed.is_first():
+            _write_samples(model_dir, state, held_out, rows, texts)
         return loss(params) | {
             "eval/rouge_l": summaries.rouge(texts, references)["rougeL"]
         }
 
     _run_supervised(
         "sft",
-        functools.partial(supervised_step.make_sft_step, network),
+        supervised_step.make_sft_step,
         network,
         train,
         evaluate,
@@ -212,7 +212,7 @@ def _train_judge(
     loss = _mean_over(make_evaluation(network), held_out, rows, loop.batch_size)
     _run_supervised(
         kind,
-        functools.partial(make_step, network),
+        make_step,
         network,
         train,
         lambda state: loss(state.param_sets[POLICY]),
@@ -232,7 +232,9 @@ def _vocabulary_path(data: DataSettings, checkpoint: str, kind: tuple[str, ...])
     if data.vocabulary_path:
         return data.vocabulary_path
     tasks.check_files(data, kind)  # making a vocabulary takes a while
-    return vocabularies.docstring_vocabulary_path(data)
+    return distributed.first_then_others(
+        "vocabulary", lambda: vocabularies.docstring_vocabulary_path(data)
+    )
 
 
 def _shape_and_vocabulary(
@@ -262,19 +264,18 @@ def _run_supervised(
     initial_checkpoint_path: str,
     mesh: MeshSettings,
 ) -> None:
-    transformation, rate = runs.optimizer_and_rate(optimizer, loop.train_steps)
-    step_fn = make_step(
-        transformation, num_microbatches=loop.num_microbatches, learning_rate=rate
+    step = steps.supervised(make_step, network, optimizer=optimizer, loop=loop)
+    start = runs.initial_state(
+        network.init, initial_checkpoint_path, seed, step.init_state
     )
-    params = runs.initial_params(network.init, initial_checkpoint_path, seed)
     folder = runs.open_folder(model_dir)
     folders.describe(folder, description, vocabulary_path)
     runs.run(
         runs.Training(
             name,
-            lambda state, frozen, batch, key: step_fn(state, batch, key),
+            step.step_fn,
             {},
-            lambda step: train.batch(seed, step, loop.batch_size),
+            lambda step, rows: train.batch(seed, step, loop.batch_size, rows),
             evaluate,
             {
                 "data/truncated_prompts": train.num_truncated_prompts,
@@ -284,7 +285,7 @@ def _run_supervised(
             network.logical_axes,
         ),
         folder=folder,
-        initial_state=supervised_step.init_state(params, transformation),
+        initial_state=start,
         settings=loop,
         seed=seed,
         mesh=mesh,

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: pursue the equilibrium of the preference game from a reference."""
 
+import functools
 import pathlib
 
-import jax
-
-from nlhf_jax import train_step
+from nlhf_jax import distributed, global_arrays
 from nlhf_jax.checkpoints import save_params
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
-from nlhf_jax.jobs import folders, judges, runs
+from nlhf_jax.jobs import folders, judges, runs, steps
 from nlhf_jax.jobs.held_out import HeldOut
 from nlhf_jax.jobs.policies import Policy, as_frozen, load_policy
 from nlhf_jax.settings import (
@@ -71,46 +70,41 @@ def train(
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
         that is not given, the data or the folder is unusable.
     """
-    check_judges(algorithm, preference_checkpoint, reward_checkpoint)
-    _check_sets(algorithm, write_sets)
-    _check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
-    reference = load_policy(reference_checkpoint, memory)
-    judge = judges.load_judge(
-        # Also where the algorithm asks for rewards only: held-out answers are compared.
-        preference_checkpoint=preference_checkpoint,
-        reward_checkpoint=reward_checkpoint if _asks_rewards(algorithm) else "",
-        memory=memory,
-    )
+    named = preference_checkpoint, reward_checkpoint
+    check_judges(algorithm, *named)
+    check_sets(algorithm, write_sets)
+    check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
+    reference = load_policy(reference_checkpoint, memory, mesh)
+    judge = _load_judge(algorithm, reference_checkpoint, *named, memory, mesh)
     prompts, held_out = (
         data_batches.load_supervised(data, split, reference.vocabulary)
         for split in ("train", "evaluation")
     )
     max_decode_length = max_decode_length or reference.response_length
-    transformation, rate = runs.optimizer_and_rate(
-        optimizer, loop.train_steps * num_updates_per_rollout
-    )
     network = reference.network
-    step_fn = train_step.make_train_step(
+    step = steps.policy_step(
         network,
         algorithm,
         judge.judge,
-        transformation,
-        max_length=max_decode_length,
-        num_microbatches=loop.num_microbatches,
+        optimizer=optimizer,
+        loop=loop,
+        max_decode_length=max_decode_length,
         num_updates_per_rollout=num_updates_per_rollout,
-        learning_rate=rate,
     )
-    start = runs.initial_params(
-        network.init, initial_checkpoint_path or reference_checkpoint, seed
+    start = runs.initial_state(
+        network.init,
+        initial_checkpoint_path or reference_checkpoint,
+        seed,
+        step.init_state,
     )
     folder = runs.open_folder(model_dir)
     folders.describe(folder, reference.description, reference.vocabulary_path)
     state = runs.run(
         runs.Training(
             algorithm.name,
-            step_fn,
+            step.step_fn,
             {REFERENCE: as_frozen(reference.params, memory)} | judge.frozen,
-            lambda step: prompts.batch(seed, step, loop.batch_size).prompts,
+            lambda step, rows: prompts.batch(seed, step, loop.batch_size, rows).prompts,
             HeldOut(
                 reference,
                 judge,
@@ -126,7 +120,7 @@ def train(
             {REFERENCE: network.logical_axes} | judge.logical_axes,
         ),
         folder=folder,
-        initial_state=train_step.init_state(start, algorithm, transformation),
+        initial_state=start,
         settings=loop,
         seed=seed,
         mesh=mesh,
@@ -134,34 +128,63 @@ def train(
     _write_sets(folder, write_sets, state, reference)
 
 
-def _asks_rewards(algorithm: Algorithm) -> bool:
-    return any(part.ratings for part in algorithm.parts)
+def asks(algorithm: Algorithm) -> set[str]:
+    """Returns the judges that an algorithm asks: "preference", "reward" or both."""
+    compares = any(part.comparisons for part in algorithm.parts)
+    rates = any(part.ratings for part in algorithm.parts)
+    found = {"preference": compares, "reward": rates}
+    return {name for name, is_asked in found.items() if is_asked}
+
+
+def _load_judge(
+    algorithm: Algorithm,
+    policy: str,
+    preference: str,
+    reward: str,
+    memory: MemorySettings,
+    mesh: MeshSettings,
+) -> judges.LoadedJudge:
+    return judges.load_judge(
+        policy_checkpoint=policy,
+        # Also where the algorithm asks for rewards only: held-out answers are compared.
+        preference_checkpoint=preference,
+        reward_checkpoint=reward if "reward" in asks(algorithm) else "",
+        memory=memory,
+        mesh=mesh,
+    )
 
 
 def check_judges(algorithm: Algorithm, preference: str, reward: str) -> None:
     """Raises a UserError if the algorithm asks a judge for which no folder is named."""
-    if any(part.comparisons for part in algorithm.parts) and not preference:
+    asked = asks(algorithm)
+    if "preference" in asked and not preference:
         raise UserError(
             f"{algorithm.name} compares responses: PREFERENCE_CHECKPOINT must name a "
             "model folder, got ''"
         )
-    if _asks_rewards(algorithm) and not reward:
+    if "reward" in asked and not reward:
         raise UserError(
             f"{algorithm.name} rates responses: REWARD_CHECKPOINT must name a model "
             "folder, got ''"
         )
 
 
-def _check_counts(
-    num_eval_examples: int, num_updates_per_rollout: int, num_gap_samples: int
+def check_counts(
+    num_eval_examples: int = 1,
+    num_updates_per_rollout: int = 1,
+    num_gap_samples: int = 0,
 ) -> None:
+    """Raises a UserError for a count below its least value."""
     check_integer("num_eval_examples", num_eval_examples, 1)
     check_integer("num_updates_per_rollout", num_updates_per_rollout, 1)
     if check_integer("num_gap_samples", num_gap_samples) == 1:
         raise UserError("num_gap_samples must be 0 or at least 2, got 1")
 
 
-def _check_sets(algorithm: Algorithm, names: tuple[str, ...]) -> None:
+def check_sets(algorithm: Algorithm, names: tuple[str, ...]) -> None:
+    """Raises a UserError for a name that is no parameter set of the algorithm."""
+    if names and not algorithm.derived_sets:
+        raise UserError(f"{algorithm.name} has only its policy to write, got {names!r}")
     for name in names:
         check_choice(f"parameter set of {algorithm.name}", name, algorithm.derived_sets)
 
@@ -173,4 +196,7 @@ def _write_sets(
     for name in names:
         target = folder / "sets" / name
         folders.describe(target, reference.description, reference.vocabulary_path)
-        save_params(target, jax.device_get(state.param_sets[name]), "float32")
+        params = global_arrays.fetch(state.param_sets[name])
+        distributed.first_does(
+            "parameter set", functools.partial(save_params, target, params, "float32")
+        )

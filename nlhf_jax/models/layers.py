@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pieces of a T5 network, with T5X's parameter names and fused 2-D kernels.
 
-Every parameter carries logical axis names. Attention has no 1/sqrt(K): the scale is
+Every parameter carries logical axis names, and so do activations where a layer begins
+and ends, its hidden units and its heads: rows stay where they are, and weights come to
+them. Attention has no 1/sqrt(K): the scale is
 folded into the initialiser of the query (Raffel et al., 2020, arXiv 1910.10683; the
 T5X layout). Activations carry a query axis Q, or T in the decoder, and a key axis S.
 Keys and values keep heads before positions, so that the products of a decode step read
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nlhf_jax.constraints import constrain, gather
 from nlhf_jax.settings import T5Settings
 
 NUM_BUCKETS = 32
@@ -55,6 +58,11 @@ def relative_position_bucket(
     return first + jnp.where(distance < exact, distance, logarithmic)
 
 
+def rows_of(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Returns the activations with their rows split over the mesh, where one is set."""
+    return constrain(x_BTD, ("batch", "length", "embed"))
+
+
 class Dense(nn.Module):
     """A product with a kernel (inputs, features), without bias.
 
@@ -79,7 +87,8 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        return x.astype(self.dtype) @ kernel_DF.astype(self.dtype)
+        kernel_DF = gather(kernel_DF.astype(self.dtype), self.axes)
+        return x.astype(self.dtype) @ kernel_DF
 
 
 class RMSNorm(nn.Module):
@@ -115,11 +124,14 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Returns the rows of the table."""
-        return self.embedding.astype(self.dtype)[tokens]
+        table_VD = gather(self.embedding.astype(self.dtype), ("vocab", "embed"))
+        x = table_VD[tokens]
+        return rows_of(x) if x.ndim == 3 else x
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns the tied logits x @ embedding^T / sqrt(D), float32."""
-        return x.astype(jnp.float32) @ self.embedding.T / math.sqrt(self.emb_dim)
+        table_VD = gather(self.embedding, ("vocab", "embed"))
+        return x.astype(jnp.float32) @ table_VD.T / math.sqrt(self.emb_dim)
 
 
 class RelativeBias(nn.Module):
@@ -164,7 +176,8 @@ class Attention(nn.Module):
     def _heads(self, x_BSJ):
         batch, length, _ = x_BSJ.shape
         heads = (self.settings.num_heads, self.settings.head_dim)
-        return x_BSJ.reshape(batch, length, *heads).swapaxes(1, 2)
+        x_BHSK = x_BSJ.reshape(batch, length, *heads).swapaxes(1, 2)
+        return constrain(x_BHSK, ("batch", "heads", "length", "kv"))
 
     def keys_values(
         self, x_BSD: Float[Array, "B S D"]
@@ -213,6 +226,7 @@ class FeedForward(nn.Module):
             layer = "wi" if len(s.mlp_activations) == 1 else f"wi_{index}"
             dense = Dense(s.mlp_dim, ("embed", "mlp"), s.dtype, name=layer)
             hidden = hidden * ACTIVATIONS[name](dense(x))
+        hidden = constrain(hidden, ("batch", "length", "mlp"))
         out = Dense(s.emb_dim, ("mlp", "embed"), s.dtype, name="wo")
         return out(dropout(hidden))
 

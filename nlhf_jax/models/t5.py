@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nlhf_jax import sequences
+from nlhf_jax.constraints import constrain, gather
 from nlhf_jax.models.layers import (
     MASKED,
     Attention,
@@ -30,6 +31,7 @@ from nlhf_jax.models.layers import (
     RMSNorm,
     dropout_module,
     key_bias,
+    rows_of,
 )
 from nlhf_jax.models.stacking import through_layers
 from nlhf_jax.models.unembedding import check_chunks, chunked_token_scores
@@ -74,7 +76,7 @@ class EncoderLayer(nn.Module):
         h_BSD = self.pre_attention_layer_norm(x_BSD)
         x_BSD = x_BSD + dropout(self.attention(h_BSD, bias, dropout))
         h_BSD = self.pre_mlp_layer_norm(x_BSD)
-        return x_BSD + dropout(self.mlp(h_BSD, dropout))
+        return rows_of(x_BSD + dropout(self.mlp(h_BSD, dropout)))
 
 
 class DecoderLayer(nn.Module):
@@ -99,7 +101,7 @@ class DecoderLayer(nn.Module):
         )
         x_BTD = x_BTD + dropout(read_BTD)
         h_BTD = self.pre_mlp_layer_norm(x_BTD)
-        return x_BTD + dropout(self.mlp(h_BTD, dropout))
+        return rows_of(x_BTD + dropout(self.mlp(h_BTD, dropout)))
 
     def __call__(self, x_BTD, encoded_BSD, self_bias, cross_bias, use_dropout: bool):
         """Returns the layer's output on a whole response, [B, T, D]."""
@@ -175,8 +177,10 @@ class Decoder(nn.Module):
     def logits(self, x_BTD, embedding: Embedding):
         """Returns the float32 logits of features, [B, T, V]."""
         if self.settings.logits_via_embedding:
-            return embedding.attend(x_BTD)
-        return self.logits_dense(x_BTD)
+            logits_BTV = embedding.attend(x_BTD)
+        else:
+            logits_BTV = self.logits_dense(x_BTD)
+        return constrain(logits_BTV, ("batch", "length", "vocab"))
 
     def output_kernel(self, embedding: Embedding) -> Float[Array, "D V"]:
         """Returns the matrix whose product with features `logits` is."""
@@ -356,13 +360,12 @@ def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> Language
         )
 
     axes = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
+    axes = jax.tree.map(
+        tuple, axes, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
+    )
     return LanguageModel(
         init=init,
-        logical_axes=jax.tree.map(
-            tuple,
-            axes,
-            is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
-        ),
+        logical_axes=axes,
         logits=logits,
         logits_of=logits_of,
         token_scores=token_scores,
@@ -371,4 +374,16 @@ def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> Language
         vocab_size=settings.vocab_size,
         pad_id=PAD_ID,
         eos_id=EOS_ID,
+        for_decoding=functools.partial(_for_decoding, settings, axes),
     )
+
+
+def _for_decoding(settings: T5Settings, axes, params: Params) -> Params:
+    """Returns the decoder's weights cast and gathered as a step would, all at once."""
+
+    def one(path, leaf, names):
+        # The output layer and what is added to float32 stay as they are.
+        is_cast = path[-1].key == "kernel" and path[-2].key != "logits_dense"
+        return gather(leaf.astype(settings.dtype) if is_cast else leaf, names)
+
+    return jax.tree_util.tree_map_with_path(one, params, axes)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nlhf_jax.checks import UserError
+from nlhf_jax.constraints import constrain, gather
 from nlhf_jax.types import TokenScores
 
 
@@ -53,7 +54,9 @@ def chunked_token_scores(
     def add(totals, given):
         largest_BT, sum_BT, chosen_BT = totals
         index, kernel_DW = given
+        kernel_DW = gather(kernel_DW, ("embed", "vocab"))
         logits_BTW = features_BTD @ kernel_DW
+        logits_BTW = constrain(logits_BTW, ("batch", "length", "vocab"))
         found_BT = jax.lax.stop_gradient(logits_BTW.max(axis=-1))
         new_BT = jnp.maximum(largest_BT, found_BT)
         added_BT = jnp.exp(logits_BTW - new_BT[..., None]).sum(axis=-1)

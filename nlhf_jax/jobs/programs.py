@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training jobs' steps with the shapes of all they read: no parameters, no data.
+
+What is compiled from here is what the job compiles (`steps`), so that it can be asked
+what it needs of a machine that is not at hand.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from nlhf_jax import partitioning, supervised_step
+from nlhf_jax.checks import UserError
+from nlhf_jax.jobs import folders, judges, policies, steps, supervised, train
+from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.preferences.judges import learned_judge
+from nlhf_jax.settings import LoopSettings, MemorySettings, MeshSettings, T5Settings
+from nlhf_jax.types import (
+    POLICY,
+    REFERENCE,
+    Algorithm,
+    ComparisonBatch,
+    LanguageModel,
+    PromptBatch,
+    Responses,
+    SupervisedBatch,
+    TrainState,
+)
+
+# Names of the models a job reads, as its flags name them.
+MODELS = ("reference_model", "preference_model", "reward_model", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A job's step and the shapes of everything it is given.
+
+    Attributes:
+      job: its name.
+      step: what is compiled.
+      state: abstract train state.
+      frozen: abstract parameter sets that are not trained.
+      batch: abstract batch.
+      logical_axes: of the trained parameters.
+      frozen_axes: of each frozen set's.
+      loop: batch size and microbatches.
+      memory: what the step computes again or cuts up.
+      mesh: how devices are laid out.
+      shapes: of every network, by parameter set.
+      algorithm: of `train`, else None.
+      network: the policy's functions; None where nothing is decoded.
+      prompt_length: tokens of a prompt.
+      response_length: tokens of a response, also the most steps a decode takes.
+    """
+
+    job: str
+    step: steps.Step
+    state: TrainState
+    frozen: dict[str, PyTree]
+    batch: PyTree
+    logical_axes: PyTree
+    frozen_axes: dict[str, PyTree]
+    loop: LoopSettings
+    memory: MemorySettings
+    mesh: MeshSettings
+    shapes: dict[str, T5Settings]
+    algorithm: Algorithm | None
+    network: LanguageModel | None
+    prompt_length: int
+    response_length: int
+
+    def shardings(self, mesh: Mesh) -> partitioning.StepShardings:
+        """Returns where state and frozen sets lie, as in the job.
+
+        Raises:
+          UserError: the mesh divides neither the parameters nor the batch.
+        """
+        partitioning.check_batch_size(
+            self.loop.batch_size, mesh, self.loop.num_microbatches
+        )
+        params = self.state.param_sets[POLICY]
+        return partitioning.step_shardings(
+            mesh, self.state, params, self.logical_axes, self.frozen, self.frozen_axes
+        )
+
+    def jaxpr(self) -> Any:
+        """Returns the step traced as one device would run it alone."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.make_jaxpr(self.step.step_fn)(
+            self.state, self.frozen, self.batch, key
+        )
+
+    def trace(self, mesh: Mesh) -> Any:
+        """Returns the step traced on a mesh; `.lower().compile()` does the rest."""
+        compiled = steps.compiled(self.step.step_fn, mesh, self.shardings(mesh))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return compiled.trace(self.state, self.frozen, self.batch, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is known by its shape alone.
+
+    Attributes:
+      settings: the network.
+      prompt_length: tokens of a prompt; 0 is the data's.
+      response_length: tokens of a response; 0 is the data's.
+      encode: text -> ids, for a judge's fixed words.
+    """
+
+    settings: T5Settings
+    prompt_length: int = 0
+    response_length: int = 0
+    encode: Callable[[str], list[int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One device's part of a program.
+
+    Attributes:
+      rows: parts that the batch is split into.
+      tensor: parts that heads, hidden units and vocabulary are split into.
+    """
+
+    rows: int = 1
+    tensor: int = 1
+
+    def of(self, settings: T5Settings, memory: MemorySettings) -> T5Settings:
+        """Returns the part of a network; what does not divide is rounded up."""
+        parts = self.tensor
+        chunks = memory.num_vocab_chunks
+        return dataclasses.replace(
+            settings,
+            num_heads=-(-settings.num_heads // parts),
+            mlp_dim=-(-settings.mlp_dim // parts),
+            vocab_size=-(-settings.vocab_size // (parts * chunks)) * chunks,
+        )
+
+
+WHOLE = Share()
+
+
+def program(
+    job: str,
+    bindings: Mapping[str, Any],
+    given: Mapping[str, Any],
+    share: Share = WHOLE,
+) -> Program:
+    """Returns the program that a job would run.
+
+    Args:
+      job: one of `BUILDERS`.
+      bindings: the job's arguments; what is missing has the job's defaults.
+      given: `MODELS` name -> shape, in place of a folder that is not at hand.
+      share: with one device's part, what it would compute if it were alone.
+
+    Raises:
+      UserError: a model's shape is not known, or settings don't fit each other.
+    """
+    signature = inspect.signature(getattr(BUILDERS[job][1], job))
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    said = defaults | dict(bindings)
+    loop = said["loop"]
+    rows = loop.batch_size // share.rows
+    said["loop"] = dataclasses.replace(loop, batch_size=rows)
+    return BUILDERS[job][0](job, said, given, share)
+
+
+def _described(folder: str, kind: str, flag: str, given: Mapping[str, Any]) -> Model:
+    """Returns the shape that a flag gives, else that of a folder that exists."""
+    if flag in given:
+        return Model(given[flag])
+    if not folder or not folders.resolve(folder).exists():
+        raise UserError(
+            f"the shape of {folder or 'a model'!r} is not known: there is no such "
+            f"folder here; --{flag}=configs/models/t5_1_1_large.gin would name a shape"
+        )
+    description = folders.read_description(folder, kind)
+    return Model(
+        description.settings,
+        description.feature_lengths["inputs"],
+        description.feature_lengths["targets"],
+        _encoder(folder),
+    )
+
+
+def _encoder(folder: str) -> Callable[[str], list[int]]:
+    from nlhf_jax.data import vocabularies
+
+    vocabulary = vocabularies.load_vocabulary(folders.vocabulary_file(folder))
+    return lambda text: vocabularies.encode(text, vocabulary)
+
+
+def _one_id_a_word(text: str) -> list[int]:
+    """Stands for a vocabulary that is not at hand: a few ids more or less."""
+    return [2] * len(text.split())
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _bools(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def prompts_of(batch_size: int, length: int) -> PromptBatch:
+    """Returns abstract prompts, [B, S]."""
+    return PromptBatch(_ints(batch_size, length), _bools(batch_size, length))
+
+
+def responses_of(batch_size: int, length: int) -> Responses:
+    """Returns abstract responses, [B, T]."""
+    return Responses(_ints(batch_size, length), _bools(batch_size, length))
+
+
+def _params(network: Any) -> PyTree:
+    return jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _frozen(network: Any, memory: MemorySettings) -> PyTree:
+    return jax.eval_shape(
+        lambda params: policies.as_frozen(params, memory), _params(network)
+    )
+
+
+def _policy_program(
+    job: str, said: Mapping[str, Any], given: Mapping[str, Any], share: Share
+) -> Program:
+    algorithm, loop, memory = said["algorithm"], said["loop"], said["memory"]
+    lengths = said["data"].task_feature_lengths
+    reference = _described(
+        said["reference_checkpoint"], "language_model", "reference_model", given
+    )
+    network = t5_language_model(share.of(reference.settings, memory), memory)
+    length = said["max_decode_length"] or reference.response_length
+    length = length or lengths["targets"]
+    models = _models(said, given, algorithm)
+    nets = {
+        kind: _judge_network(kind, model, lengths["inputs"], length, memory, share)
+        for kind, model in models.items()
+    }
+    judge = learned_judge(nets.get("preference"), nets.get("reward"))
+    frozen = {REFERENCE: network} | nets
+    step = steps.policy_step(
+        network,
+        algorithm,
+        judge,
+        optimizer=said["optimizer"],
+        loop=loop,
+        max_decode_length=length,
+        num_updates_per_rollout=said["num_updates_per_rollout"],
+    )
+    return Program(
+        job=job,
+        step=step,
+        state=jax.eval_shape(step.init_state, _params(network)),
+        frozen={name: _frozen(net, memory) for name, net in frozen.items()},
+        batch=prompts_of(loop.batch_size, lengths["inputs"]),
+        logical_axes=network.logical_axes,
+        frozen_axes={name: net.logical_axes for name, net in frozen.items()},
+        loop=loop,
+        memory=memory,
+        mesh=said["mesh"],
+        shapes={REFERENCE: reference.settings}
+        | {kind: model.settings for kind, model in models.items()},
+        algorithm=algorithm,
+        network=network,
+        prompt_length=lengths["inputs"],
+        response_length=length,
+    )
+
+
+def _models(
+    said: Mapping[str, Any], given: Mapping[str, Any], algorithm: Algorithm
+) -> dict[str, Model]:
+    """Returns the judges the job loads: those asked, and the one that compares."""
+    found, asked = {}, train.asks(algorithm)
+    for kind in ("preference", "reward"):
+        folder, flag = said[f"{kind}_checkpoint"], f"{kind}_model"
+        compares = kind == "preference" and (folder or flag in given)
+        if kind in asked or compares:
+            found[kind] = _described(folder, kind, flag, given)
+    return found
+
+
+def _judge_network(
+    kind: str,
+    model: Model,
+    prompt_length: int,
+    response_length: int,
+    memory: MemorySettings,
+    share: Share,
+) -> Any:
+    return judges.NETWORKS[kind](
+        share.of(model.settings, memory),
+        model.encode or _one_id_a_word,
+        prompt_length=model.prompt_length or prompt_length,
+        response_length=model.response_length or response_length,
+        memory=memory,
+    )
+
+
+def _supervised_program(
+    job: str, said: Mapping[str, Any], given: Mapping[str, Any], share: Share
+) -> Program:
+    loop, memory = said["loop"], said["memory"]
+    lengths = said["data"].task_feature_lengths
+    prompts = prompts_of(loop.batch_size, lengths["inputs"])
+    responses = responses_of(loop.batch_size, lengths["targets"])
+    model = _trained_model(said, given)
+    if job == "sft":
+        network = t5_language_model(share.of(model.settings, memory), memory)
+        batch = SupervisedBatch(prompts, responses)
+    else:
+        network = _judge_network(
+            job, model, lengths["inputs"], lengths["targets"], memory, share
+        )
+        labels_B = jax.ShapeDtypeStruct((loop.batch_size,), jnp.float32)
+        batch = ComparisonBatch(prompts, responses, responses, labels_B)
+    step = steps.supervised(
+        STEP_MAKERS[job], network, optimizer=said["optimizer"], loop=loop
+    )
+    return Program(
+        job=job,
+        step=step,
+        state=jax.eval_shape(step.init_state, _params(network)),
+        frozen={},
+        batch=batch,
+        logical_axes=network.logical_axes,
+        frozen_axes={},
+        loop=loop,
+        memory=memory,
+        mesh=said["mesh"],
+        shapes={POLICY: model.settings},
+        algorithm=None,
+        network=None,
+        prompt_length=lengths["inputs"],
+        response_length=lengths["targets"],
+    )
+
+
+def _trained_model(said: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
+    """Returns what a supervised job trains: by flag, by folder, or by its settings."""
+    folder = said["initial_checkpoint_path"]
+    has_folder = bool(folder) and folders.resolve(folder).exists()
+    if "model" in given:
+        return Model(given["model"])
+    if has_folder:
+        description = folders.read_description(folder, folders.kind_of(folder))
+        return Model(description.settings, encode=_encoder(folder))
+    if said.get("model") is not None:
+        return Model(said["model"])
+    return _described(folder, "language_model", "model", given)
+
+
+STEP_MAKERS = {
+    "sft": supervised_step.make_sft_step,
+    "preference": supervised_step.make_preference_step,
+    "reward": supervised_step.make_reward_step,
+}
+BUILDERS = {
+    "train": (_policy_program, train),
+    "sft": (_supervised_program, supervised),
+    "preference": (_supervised_program, supervised),
+    "reward": (_supervised_program, supervised),
+}
+
+
+def folder_flags(job: str) -> dict[str, str]:
+    """Returns the job's parameter that names each model's folder, by flag."""
+    if job == "train":
+        kinds = ("reference", "preference", "reward")
+        return {f"{kind}_model": f"{kind}_checkpoint" for kind in kinds}
+    return {"model": "initial_checkpoint_path"}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training job compiles, apart from what it reads and runs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from nlhf_jax import optimizers, partitioning, supervised_step, train_step
+from nlhf_jax.settings import LoopSettings, OptimizerSettings
+from nlhf_jax.types import (
+    Algorithm,
+    Judge,
+    LanguageModel,
+    Params,
+    Schedule,
+    TrainState,
+)
+
+
+class Step(NamedTuple):
+    """A job's step and the state it starts from, as pure functions.
+
+    Attributes:
+      step_fn: (state, frozen, batch, key) -> (state, metrics).
+      init_state: parameters -> the state before the first update.
+    """
+
+    step_fn: Callable[..., tuple[TrainState, dict]]
+    init_state: Callable[[Params], TrainState]
+
+
+def _optimizer_and_rate(
+    settings: OptimizerSettings, num_updates: int
+) -> tuple[Any, Schedule]:
+    return (
+        optimizers.make_optimizer(settings, num_updates),
+        optimizers.learning_rate_schedule(settings, num_updates),
+    )
+
+
+def policy_step(
+    network: LanguageModel,
+    algorithm: Algorithm,
+    judge: Judge,
+    *,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+    max_decode_length: int,
+    num_updates_per_rollout: int,
+) -> Step:
+    """Returns the step of `train`: rollout, score and update.
+
+    Args:
+      network: of all parameter sets.
+      algorithm: speakers, comparisons and loss.
+      judge: answers them from the frozen sets.
+      optimizer: its settings.
+      loop: steps and microbatches.
+      max_decode_length: longest response in tokens.
+      num_updates_per_rollout: optimiser steps on the same responses.
+    """
+    transformation, rate = _optimizer_and_rate(
+        optimizer, loop.train_steps * num_updates_per_rollout
+    )
+    step_fn = train_step.make_train_step(
+        network,
+        algorithm,
+        judge,
+        transformation,
+        max_length=max_decode_length,
+        num_microbatches=loop.num_microbatches,
+        num_updates_per_rollout=num_updates_per_rollout,
+        learning_rate=rate,
+    )
+    return Step(
+        step_fn,
+        lambda params: train_step.init_state(params, algorithm, transformation),
+    )
+
+
+def supervised(
+    make_step: Callable[..., Any],
+    network: Any,
+    *,
+    optimizer: OptimizerSettings,
+    loop: LoopSettings,
+) -> Step:
+    """Returns the step of `sft`, `preference` or `reward`.
+
+    Args:
+      make_step: of `supervised_step`: (network, optimiser, ...) -> step.
+      network: what is trained.
+      optimizer: its settings.
+      loop: steps and microbatches.
+    """
+    transformation, rate = _optimizer_and_rate(optimizer, loop.train_steps)
+    update = make_step(
+        network,
+        transformation,
+        num_microbatches=loop.num_microbatches,
+        learning_rate=rate,
+    )
+    return Step(
+        lambda state, frozen, batch, key: update(state, batch, key),
+        lambda params: supervised_step.init_state(params, transformation),
+    )
+
+
+def compiled(
+    step_fn: Callable[..., tuple[TrainState, dict]],
+    mesh: Mesh,
+    lie: partitioning.StepShardings,
+) -> partitioning.CompiledFunction:
+    """Returns (state, frozen, batch, key) -> (state, metrics), compiled when called."""
+    return partitioning.compile_step(
+        step_fn,
+        mesh,
+        lie.state,
+        lie.frozen,
+        partitioning.batch_sharding(mesh),
+        partitioning.replicated(mesh),
+    )
