@@ -31,6 +31,22 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
+def check_local_folder(name: str, folder: str) -> str:
+    """Returns `folder` if it is a path of this machine's file systems.
+
+    Raises:
+      UserError: it is empty, or the address of a bucket.
+    """
+    if not folder:
+        raise UserError(f"{name} must be a folder to write to, got an empty string")
+    if "://" in folder:
+        raise UserError(
+            f"{name} must be a folder of a file system that every host mounts, got "
+            f"{folder!r}; mount the bucket and name the folder"
+        )
+    return folder
+
+
 def check_range(
     name: str,
     value: float | int,

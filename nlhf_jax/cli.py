@@ -29,6 +29,7 @@ SCALES = {
 
 # What runs in several processes; the others read what these write.
 TRAINING_JOBS = ("sft", "preference", "reward", "train")
+SEVERAL_PROCESSES = ("doctor",)  # of the commands
 
 
 class Arguments:
@@ -67,6 +68,8 @@ class Arguments:
             raise UserError(f"unexpected argument {word!r}: flags begin with --")
         name, has_value, value = word[2:].partition("=")
         if name == "dry_run":
+            if has_value:
+                raise UserError(f"--dry_run takes no value, got {value!r}")
             self.dry_run = True
             return
         if not has_value:
@@ -179,6 +182,9 @@ def _main(words: list[str]) -> int:
         print(f"nlhf_jax {__version__}")
         return 0
     if words[0] in COMMANDS:
+        if words[0] not in SEVERAL_PROCESSES:
+            own = discovery.from_variables({}, os.environ) or discovery.Processes()
+            _check_single(words[0], own)
         _enable_compilation_cache()
         module, function = COMMANDS[words[0]].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
@@ -225,13 +231,18 @@ def _main(words: list[str]) -> int:
 def _join_processes(job: str, arguments: Arguments) -> None:
     """Starts this process as one of several, where it is one; before any device."""
     processes = discovery.find(arguments.processes)
-    if processes.num_processes > 1 and job not in TRAINING_JOBS:
+    if job not in TRAINING_JOBS:
+        _check_single(job, processes)
+    facts = {"command": arguments.command(job), "version": __version__}
+    distributed.start(processes, facts)
+
+
+def _check_single(job: str, processes: discovery.Processes) -> None:
+    if processes.num_processes > 1:
         raise UserError(
             f"{job} runs in one process, got {processes.num_processes} (from "
             f"{processes.source}); {', '.join(TRAINING_JOBS)} run in several"
         )
-    facts = {"command": arguments.command(job), "version": __version__}
-    distributed.start(processes, facts)
 
 
 def _usage() -> str:

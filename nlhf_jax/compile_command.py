@@ -10,6 +10,7 @@ from nlhf_jax import cli, gin_bindings, gin_files
 from nlhf_jax.checks import UserError, check_choice, nearest
 from nlhf_jax.settings import T5Settings
 
+MOST_DEVICES = 65_536
 SWITCHES = ("fit", "plan", "json")
 USAGE = """usage: nlhf compile --job=JOB (--topology=CHIP:SHAPE | --cpu_devices=N)
                     [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--PARAMETER=VALUE ...]
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     _check_flags(job, rest, own, programs)
     options = compile_job.Options(
         topology=own.get("topology", ""),
-        cpu_devices=_number("cpu_devices", own.get("cpu_devices", "0")),
+        cpu_devices=_devices(own),
         **{name: name in own for name in SWITCHES},
     )
     given = {flag: read_shape(own[flag]) for flag in programs.MODELS if flag in own}
@@ -95,9 +96,16 @@ def _check_flags(job: str, rest: list[str], own: Mapping[str, str], programs) ->
             )
 
 
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"{name} must be an integer of at least 1, got {text!r}")
+def _devices(own: Mapping[str, str]) -> int:
+    """Returns how many fake devices are asked for, 0 for none."""
+    name = "cpu_devices"
+    if name not in own:
+        return 0
+    text = own[name]
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_DEVICES):
+        raise UserError(
+            f"{name} must be an integer in [1, {MOST_DEVICES}], got {text!r}"
+        )
     return int(text)
 
 
@@ -141,7 +149,11 @@ def read_shape(file: str) -> T5Settings:
     for key, value in values.items():
         if not key.startswith("T5Settings."):
             continue
+        passed = set()
         while value.startswith("%"):
+            if value in passed:
+                raise UserError(f"{file}: the macro {value} is defined by itself")
+            passed.add(value)
             if value[1:] not in values:
                 raise UserError(f"{file}: the macro {value} is not defined")
             value = values[value[1:]]

@@ -20,6 +20,7 @@ from nlhf_jax.discovery import Processes
 
 RESTART_EXIT = 42
 LEAVE_SECONDS = 1.0
+LONGEST_WAIT = 604_800  # a week, in seconds
 Result = TypeVar("Result")
 
 
@@ -44,14 +45,14 @@ class Patience:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name = f"NLHF_{field.name.upper()}_SECONDS"
-            check_range(name, getattr(self, field.name), 1)
+            check_range(name, getattr(self, field.name), 1, LONGEST_WAIT)
 
     @classmethod
     def from_variables(cls, environment: Mapping[str, str] | None = None) -> "Patience":
         """Reads NLHF_START_SECONDS, NLHF_BARRIER_SECONDS, NLHF_HEARTBEAT_SECONDS.
 
         Raises:
-          UserError: one of them is not a number of at least 1.
+          UserError: one of them is not a number from 1 to a week.
         """
         environment = os.environ if environment is None else environment
         given = {}
@@ -267,6 +268,7 @@ class Stop:
     def __init__(self):
         """Starts a run; all processes start as many, in the same order."""
         self._at: int | None = None
+        self.was_asked = False
         count = _job.rounds["stop"] = _job.rounds.get("stop", 0) + 1
         self._key = f"nlhf/stop/{count}"
 
@@ -281,6 +283,7 @@ class Stop:
           PeerLost: process 0 is gone.
         """
         if num_processes() == 1:
+            self.was_asked = is_asked
             return is_asked
         if self._at is None:
             self._at = self._agreed(done + 2 if is_asked else None)

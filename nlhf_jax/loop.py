@@ -243,7 +243,8 @@ def train_loop(
                 state, metrics = step_fn(state, batch, key)
                 reporter.push(done, metrics)
             asked_to_stop = should_stop(bool(stop), done)
-            may_evaluate = evaluate is not None and not asked_to_stop
+            # A run that is complete is never evaluated again.
+            may_evaluate = evaluate is not None and (done == last or not asked_to_stop)
             if may_evaluate and _is_due(done, settings.eval_period, last):
                 with reporter.idle():
                     writer.write(done, evaluate(state))

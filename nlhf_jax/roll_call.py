@@ -17,6 +17,7 @@ from nlhf_jax.checks import UserError
 from nlhf_jax.discovery import Processes
 
 _WORD = "nlhf roll call"
+_MEMBER = {"word", "process_id", "num_processes", "host", "facts"}
 _PAUSE = 0.1  # seconds between two attempts to reach process 0
 _READ = 1.5  # seconds for one line of somebody who has connected
 
@@ -102,7 +103,7 @@ def _next_member(server, deadline) -> tuple[socket.socket | None, dict]:
         except TimeoutError:
             break
         said = _read(line, min(_READ, left))
-        if said.get("word") == _WORD:
+        if said.get("word") == _WORD and said.keys() >= _MEMBER:
             return line, said
         line.close()  # a stranger, or one that gave up
     return None, {}

@@ -100,6 +100,7 @@ def test_python_m_is_the_same_command():
         (["sft", "--modeldir=x"], "sft has no flag --modeldir (did you mean"),
         (["sft", "--model_dir=x", "--model_dir", "y"], "--model_dir is given twice"),
         (["sft", "--gin_fil=x"], "(did you mean 'gin_file'?)"),
+        (["sft", "--dry_run=no"], "--dry_run takes no value, got 'no'"),
         (["sft", "--dryrun"], "(did you mean 'dry_run'?)"),
         (["sft", "stray"], "unexpected argument 'stray': flags begin with --"),
         (["sft", "--gin_file"], "--gin_file needs a value"),
@@ -124,6 +125,14 @@ def test_python_m_is_the_same_command():
 )
 def test_every_mistake_is_one_sentence(capsys, words, expected):
     assert expected in mistake(capsys, *words, "--dry_run")
+
+
+def test_a_command_of_one_process_is_not_run_by_several(capsys, monkeypatch):
+    for name, value in (("COORDINATOR", "127.0.0.1:9"), ("NUM_PROCESSES", "2")):
+        monkeypatch.setenv(f"NLHF_{name}", value)
+    monkeypatch.setenv("NLHF_PROCESS_ID", "0")
+    said = mistake(capsys, "games", "solve", "skew")
+    assert "games runs in one process, got 2 (from the NLHF_ variables)" in said
 
 
 NEED_NOTHING = {"quickstart", "convergence", "exploration", "reproduce"}

@@ -244,7 +244,10 @@ TOPOLOGY = ["--job=train", *TRAIN]
     [
         (["--cpu_devices=8"], "compile needs --job=JOB"),
         (["--job=trian", "--cpu_devices=8"], "did you mean 'train'"),
-        (["--job=train", "--cpu_devices=eight"], "an integer of at least 1, got 'ei"),
+        (["--job=train", "--cpu_devices=eight"], "an integer in [1, 65536], got 'ei"),
+        (["--job=train", "--cpu_devices=0"], "an integer in [1, 65536], got '0'"),
+        (["--job=train", "--cpu_devices=65537"], "65536], got '65537'"),
+        (["--job=train", "--cpu_devices=٣"], "65536], got '٣'"),
         (["--job=train", "--cpu_device=8"], "--cpu_device (did you mean 'cpu_devices"),
         (["--job=train", "--topology"], "--topology needs a value"),
         (["--job=train", "--job=sft"], "--job is given twice"),
@@ -304,6 +307,7 @@ def test_models_that_are_not_there(models, shape, capsys):
     [
         ("A = 1\n", "binds no T5Settings"),
         ("T5Settings.vocab_size = %V\n", "the macro %V is not defined"),
+        ("A = %B\nB = %A\nT5Settings.vocab_size = %A\n", "is defined by itself"),
         ("T5Settings.vocab_size = 3\n", "missing a required argument"),
         ("T5Settings.vocab_size = abc\n", "is not a literal: abc"),
         (SHAPE.replace("= 64", "= 0"), "vocab_size must be an integer of at least 1"),

@@ -71,7 +71,11 @@ def test_patience_is_read_from_the_environment():
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("soon", "must be a number, got 'soon'"), ("0", "must be in [1, inf)")],
+    [
+        ("soon", "must be a number, got 'soon'"),
+        ("0", "must be in [1, 604800]"),
+        ("inf", "604800], got inf"),
+    ],
 )
 def test_patience_that_is_no_number(text, complaint):
     with pytest.raises(UserError) as caught:

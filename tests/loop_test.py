@@ -248,6 +248,25 @@ def test_a_signal_saves_this_step_and_returns(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_at_the_last_step_leaves_nothing_out():
+    """A complete run is never continued, so its last evaluation must be there."""
+
+    def batches(step):
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return step
+
+    recorder, evaluated = Recorder(), []
+
+    def evaluate(state):
+        evaluated.append(int(state.step))
+        return {"eval/kl": 0.0}
+
+    _run(recorder, _settings(), batches=batches, evaluate=evaluate)
+    assert evaluated[-1] == _settings().train_steps == 7
+    assert recorder.steps("save")[-1] == 7
+
+
 def test_a_second_signal_acts_at_once():
     def batches(step):
         signal.raise_signal(signal.SIGINT)

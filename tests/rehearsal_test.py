@@ -193,6 +193,8 @@ def test_a_dry_run_builds_the_step_without_one_parameter(judge, capsys, monkeypa
         ("--gin.MIXTURE_OR_TASK_NAME=docstring", "(did you mean 'docstrings'?)"),
         ("--gin.MODEL_DIR=''", "MODEL_DIR must be a folder to write to"),
         (f"--gin.MODEL_DIR={__file__}/x", "is a file"),
+        ("--gin.MODEL_DIR=/proc/none", "no file may be made in '/proc'"),
+        ("--gin.MODEL_DIR=gs://bucket/run", "that every host mounts, got 'gs://"),
     ],
 )
 def test_what_only_the_model_shows_is_found_by_a_dry_run(judge, capsys, flag, expected):

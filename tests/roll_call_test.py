@@ -109,8 +109,10 @@ def test_strangers_that_knock_are_not_counted(where):
     host, port = Processes(where, 2, 0).address
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(one, where, 2, 0)
-        for said in (b"GET / HTTP/1.0\r\n", b"[1]\n", json.dumps({}).encode() + b"\n"):
-            _knock(host, port, said)
+        half = {"word": roll_call._WORD, "process_id": 1}
+        for said in ([1], {}, half):
+            _knock(host, port, json.dumps(said).encode() + b"\n")
+        _knock(host, port, b"GET / HTTP/1.0\r\n")
         second = pool.submit(one, where, 2, 1)
         assert first.result(timeout=60) == second.result(timeout=60)
         assert set(first.result()) == {0, 1}

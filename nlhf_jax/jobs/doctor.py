@@ -36,8 +36,11 @@ def main(words: Sequence[str]) -> int:
       UserError: an unknown flag or a value out of range.
     """
     options = _options(words)
-    with _deadline(options.timeout):
-        distributed.start(discovery.find({}), {"command": "doctor"})
+    # It names who is missing, and must have the time to.
+    distributed.start(
+        discovery.find({}), {"command": "doctor"}, _patience(options.timeout)
+    )
+    with _deadline(options.timeout, options.json):
         mine = host_facts.gather(options.model_dir, options.lock, options.port)
         hosts = host_facts.of_all_hosts(mine)
     findings = host_checks.examine(
@@ -96,17 +99,24 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _patience(seconds: int) -> distributed.Patience:
+    found = distributed.Patience.from_variables()
+    return dataclasses.replace(found, start=min(found.start, seconds))
+
+
 @contextlib.contextmanager
-def _deadline(seconds: int) -> Iterator[None]:
+def _deadline(seconds: int, json_wanted: bool = False) -> Iterator[None]:
     """Ends the process if the devices, or the other hosts, do not answer in time."""
 
     def give_up() -> None:
         text = f"JAX or another host has not answered for {seconds} s"
         fix = "start it on every host at once, or look at their logs; or --timeout"
         problem = host_checks.Finding(host_checks.PROBLEM, "devices", text, fix)
-        print(problem.line(), flush=True)
+        code = host_checks.MACHINES
+        said = as_json([problem], [], code) if json_wanted else problem.line()
+        print(said, flush=True)
         # Nothing that waits for devices can be asked to stop.
-        os._exit(host_checks.MACHINES)
+        os._exit(code)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

@@ -211,7 +211,7 @@ def versions() -> dict[str, str]:
 def probe(path: str) -> FolderFacts:
     """Writes a small file into a folder or bucket, looks at its time, and deletes it.
 
-    A folder that does not exist is made, as a run would make it.
+    A folder that does not exist is made, as a run would make it, and taken away again.
     """
     from etils import epath
 
@@ -220,6 +220,9 @@ def probe(path: str) -> FolderFacts:
     folder = epath.Path(path).expanduser()
     name = PROBE.format(process=os.getpid(), number=time.time_ns())
     try:
+        # In a bucket there are no folders to take away.
+        parts = () if "://" in path else (folder, *folder.parents)
+        made = [one for one in parts if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         before = time.time()
         (folder / name).write_text("nlhf doctor\n")
@@ -227,6 +230,9 @@ def probe(path: str) -> FolderFacts:
         written = float((folder / name).stat().mtime)
         (folder / name).unlink()
         free = None if "://" in path else disk_free(path)
+        with contextlib.suppress(OSError):  # another process of the job is in it
+            for one in made:
+                one.rmdir()
     # A bucket's client has errors of its own, and each is an answer here.
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -3,6 +3,7 @@
 
 import math
 import pathlib
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from nlhf_jax.checks import (
     UserError,
     check_folder_name,
     check_integer,
+    check_local_folder,
     check_range,
 )
 from nlhf_jax.data import tasks
@@ -144,16 +146,27 @@ def build(job: str, arguments: Mapping[str, Any]) -> str:
     )
 
 
+def _can_write(folder: pathlib.Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def _check_model_dir(model_dir: str) -> None:
     """Checks what the folder of results would meet; it is not made."""
-    if not model_dir:
-        raise UserError("MODEL_DIR must be a folder to write to, got an empty string")
-    path = pathlib.Path(model_dir).expanduser()
+    path = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
     for folder in (path, *path.parents):
         if folder.exists():
             if not folder.is_dir():
                 raise UserError(
                     f"MODEL_DIR {model_dir!r} cannot be written: {str(folder)!r} is a "
                     "file"
+                )
+            if not _can_write(folder):
+                raise UserError(
+                    f"MODEL_DIR {model_dir!r} cannot be written: no file may be made "
+                    f"in {str(folder)!r}"
                 )
             return

@@ -26,7 +26,7 @@ from nlhf_jax import (
     progress,
     speed,
 )
-from nlhf_jax.checks import UserError
+from nlhf_jax.checks import UserError, check_local_folder
 from nlhf_jax.jobs import folders, steps
 from nlhf_jax.settings import LoopSettings, MeshSettings
 from nlhf_jax.types import POLICY, Params, ParamSets, TrainState
@@ -63,9 +63,7 @@ def open_folder(model_dir: str) -> pathlib.Path:
     Raises:
       UserError: the path is empty, is a file, cannot be written, or is not shared.
     """
-    if not model_dir:
-        raise UserError("MODEL_DIR must be a folder to write to, got an empty string")
-    folder = pathlib.Path(model_dir).expanduser()
+    folder = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
     distributed.first_does("folder", lambda: _describe_run(folder, model_dir))
     distributed.all_do("shared folder", lambda: _check_seen(folder, model_dir))
     return folder
@@ -200,6 +198,23 @@ class _Silence:
         pass
 
 
+def check_layout(
+    initial_state: InitialState,
+    logical_axes: Any,
+    loop: LoopSettings,
+    mesh: MeshSettings,
+) -> None:
+    """Checks the mesh against devices, parameters and batch, before there is a folder.
+
+    Raises:
+      UserError: the mesh does not fit one of them.
+    """
+    device_mesh = partitioning.make_mesh(mesh)
+    partitioning.check_batch_size(loop.batch_size, device_mesh, loop.num_microbatches)
+    params = initial_state.shapes.param_sets[POLICY]
+    partitioning.shardings_for(logical_axes, params, device_mesh)
+
+
 def run(
     training: Training,
     *,
@@ -217,13 +232,11 @@ def run(
     the rest.
 
     Raises:
-      UserError: the mesh does not fit the devices, the parameters or the batch.
-      Stopped: a signal ended the run early; its state is saved.
+      UserError: the mesh does not fit the devices or the parameters.
+      Stopped: a signal came; the state is saved. Also when it came at the last step,
+        so that what would follow this run does not start.
     """
-    device_mesh = partitioning.make_mesh(mesh)
-    partitioning.check_batch_size(
-        settings.batch_size, device_mesh, settings.num_microbatches
-    )
+    device_mesh, stop = partitioning.make_mesh(mesh), distributed.Stop()
     step = _FrozenStep(training, initial_state.shapes, device_mesh)
     checkpointer = checkpoints.Checkpointer(
         folder / "checkpoints", keep=settings.keep_checkpoints
@@ -245,10 +258,10 @@ def run(
                 key=_everywhere(seed, device_mesh),
                 meta={"seed": seed, "versions": versions()},
                 profile_folder=folder / profiling.PROFILE_FOLDER,
-                should_stop=distributed.Stop(),
+                should_stop=stop,
             )
     distributed.barrier("end of the run")
-    if int(state.step) < settings.train_steps:
+    if int(state.step) < settings.train_steps or stop.was_asked:
         raise Stopped(int(state.step))
     return state
 

@@ -268,6 +268,7 @@ def _run_supervised(
     start = runs.initial_state(
         network.init, initial_checkpoint_path, seed, step.init_state
     )
+    runs.check_layout(start, network.logical_axes, loop, mesh)
     folder = runs.open_folder(model_dir)
     folders.describe(folder, description, vocabulary_path)
     runs.run(

@@ -97,6 +97,7 @@ def train(
         seed,
         step.init_state,
     )
+    runs.check_layout(start, network.logical_axes, loop, mesh)
     folder = runs.open_folder(model_dir)
     folders.describe(folder, reference.description, reference.vocabulary_path)
     state = runs.run(
