@@ -262,18 +262,27 @@ def _literal(statement: Statement, macros: Mapping[str, Statement]) -> Any:
         ) from error
 
 
-def _expanded(value: str, macros: Mapping[str, Statement]) -> str:
+def _expanded(
+    value: str, macros: Mapping[str, Statement], known: dict[str, str] | None = None
+) -> str:
     """Returns the value with the values of its macros in it, which all end.
+
+    What a macro becomes is kept in `known`, so that each is written out once.
 
     Raises:
       ValueError: it is longer than any value is; few macros can write a long text.
     """
 
     def of_macro(match: re.Match) -> str:
-        inner = macros.get(match[1])
-        # A flag's value may end in a comment, which must not hide the bracket.
-        return f"({_expanded(inner.value, macros)}\n)" if inner else _ANYTHING
+        name = match[1]
+        if name not in macros:
+            return _ANYTHING
+        if name not in known:
+            # A flag's value may end in a comment, which must not hide the bracket.
+            known[name] = f"({_expanded(macros[name].value, macros, known)}\n)"
+        return known[name]
 
+    known = {} if known is None else known
     parts, end = [], 0
     for match in [*_STRING.finditer(value), None]:
         bare = value[end : match.start() if match else len(value)]
