@@ -176,7 +176,8 @@ def test_metrics_and_answers_are_those_of_one_process(nash, number):
     for ours, theirs in zip(other, one, strict=True):
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
-            if name not in metrics.TIMES:
+            # The compiler may make another program for another number of processes.
+            if name not in {*metrics.TIMES, "compute/flops_per_step"}:
                 np.testing.assert_allclose(
                     ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name
                 )
