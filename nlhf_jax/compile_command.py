@@ -21,7 +21,7 @@ USAGE = """usage: nlhf compile --job=JOB (--topology=CHIP:SHAPE | --cpu_devices=
   --reference_model=FILE  a gin file with T5Settings, where the model's folder is not
                           here; also --preference_model, --reward_model, and --model
                           for what a supervised job trains
-  --plan                  from shapes alone, in seconds, without the compiler
+  --plan                  an estimate from shapes alone, without the compiler
   --fit                   look for the largest batch that fits
   --json                  one JSON object"""
 

@@ -92,7 +92,7 @@ def flops_of(executable: Any) -> Times | None:
     try:
         found = flops.of_compiled(executable)
     # A new compiler may print what nobody has read yet: a run does not end over that.
-    except (ValueError, KeyError, LookupError, NotImplementedError) as error:
+    except (ValueError, LookupError, NotImplementedError) as error:
         _log.warning("the step's FLOPs are not known: %r", error)
         return None
     return found if found.once or found.per_iteration else None

@@ -27,7 +27,7 @@ def host(**changes) -> HostFacts:
         has_lock_file=True,
         can_open_lock=True,
         folder=FolderFacts("gs://bucket/run", "", None, 0.0),
-        cache=FolderFacts("/root/.cache/nlhf_jax/xla", "", 50 * GIB, 0.0),
+        cache=FolderFacts("/home/user/.cache/nlhf_jax/xla", "", 50 * GIB, 0.0),
         package_differences=(),
         num_pinned=111,
         memory_bytes=100 * GIB,
