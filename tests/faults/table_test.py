@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the table of faults in its short form, and the table's own parts."""
+
+import pytest
+
+from tests.faults import table
+from tests.faults.rows import Row, Trial, measured, over_limit
+
+ROWS = table.all_rows()
+
+
+def toy(**changed):
+    given = {"limits": {"gone, s": ("max", 2.0)}} | changed
+    return Row(90, "goal", "fault", 1, 2, lambda seed, folder: Trial(), "< 2 s", **given)
+
+
+@pytest.mark.battery
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row_{row.number}")
+def test_a_fault_leads_to_what_is_promised(row, tmp_path):
+    for seed in range(row.short):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        assert row.trial(seed, folder).failure == ""
+
+
+def test_every_row_stands_once():
+    numbers = [row.number for row in ROWS]
+    assert len(set(numbers)) == len(numbers)
+    for row in ROWS:
+        assert row.goal and row.injected and row.promise
+        assert 1 <= row.short <= row.long
+
+
+def test_what_is_over_its_limit_is_said_and_is_no_failure():
+    trials = [Trial(figures={"gone, s": value}) for value in (0.5, 2.5, 1.0)]
+    assert over_limit(toy(), trials) == ["max of gone, s is 2.5, over 2"]
+    assert over_limit(toy(limits={"gone, s": ("median", 2.0)}), trials) == []
+    assert over_limit(toy(), [Trial()]) == ["gone, s was not measured"]
+    assert measured(trials) == "gone, s: median 1, max 2.5"
+    assert "**no**: max of gone, s is 2.5" in table.line(toy(), trials)
+    assert "3 of 3" in table.line(toy(), trials)
+
+
+def test_a_failure_and_an_exception_stand_in_the_table():
+    def fail(seed, folder):
+        assert folder.is_dir() and not list(folder.iterdir())
+        if seed == 1:
+            raise ValueError("lost | found")
+        return Trial("" if seed else "first line\nwrong numbers")
+
+    row = Row(91, "goal", "fault", 1, 3, fail, "none lost")
+    trials, _ = table.play(row, 3)
+    assert [bool(trial.failure) for trial in trials] == [True, True, False]
+    line = table.line(row, trials)
+    assert "1 of 3" in line and "wrong numbers" in line
+    assert "ValueError: lost \\| found" in line
+
+
+def test_the_table_is_put_between_its_marks(tmp_path, monkeypatch):
+    document = tmp_path / "reliability.md"
+    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    monkeypatch.setattr(table, "DOCUMENT", document)
+    monkeypatch.setattr(table, "all_rows", lambda: [toy(limits={})])
+    assert table.main(["--write"]) == 0
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text and "| 90 | goal |" in text and "jax " in text
