@@ -37,6 +37,7 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10",
     "tensorflow-text>=2.21,<2.22",
     "tqdm>=4.66",
+    "xxhash>=3.5",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],

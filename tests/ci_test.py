@@ -107,6 +107,12 @@ def test_the_battery_fails_it(clone):
     assert not any(line.startswith("ci:") for line in lines)
 
 
+def test_a_log_with_bytes_that_are_no_text_is_read_as_any_other(clone):
+    code, lines = run(clone, f"Glyph 0 (\0) missing\n{SKIPPED}\n{PASSED}")
+    assert (code, lines[-2:]) == (0, [PASSED, BATTERY])
+    assert lines[-3].startswith("ci: 2 tests skipped")
+
+
 def test_skips_of_the_battery_are_judged_too(clone):
     code, lines = run(clone, PASSED, battery=f"{SKIPPED}\n{BATTERY}")
     assert code == 0

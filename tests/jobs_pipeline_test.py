@@ -26,10 +26,9 @@ from nlhf_jax.settings import (
     OptimizerSettings,
     T5Settings,
 )
-from tests.battery import all_but
 
-# The first test waits for all jobs before its own.
-pytestmark = pytest.mark.timeout(280)
+# The first test waits for all jobs before its own; tests/jobs_test.py is the suite's.
+pytestmark = [pytest.mark.timeout(280), pytest.mark.battery]
 
 LENGTHS = {"inputs": 24, "targets": 8}
 MODEL = T5Settings(
@@ -45,8 +44,6 @@ ADAM = OptimizerSettings(name="adamw", learning_rate=1e-2)
 WORDS = ("map", "sum", "log", "cut", "add", "pad", "mix", "key")
 ALGORITHMS = {
     "nash_md_pg": algorithms.nash_md_pg(tau=0.1, beta=0.25),
-    "self_play": algorithms.self_play(tau=0.1),
-    "best_response": algorithms.best_response(tau=0.1),
     "reward_pg": algorithms.reward_pg(tau=0.1),
 }
 
@@ -241,8 +238,8 @@ def test_the_judges_describe_what_they_are(preference_model, reward_model):
         assert np.isfinite(loss).all() and len(loss) == 1
 
 
-@pytest.mark.parametrize("name", all_but(["nash_md_pg"], ALGORITHMS))
-def test_every_algorithm_trains_and_is_evaluated(work, run_train, name):
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_compares_and_what_rates_trains_and_is_evaluated(work, run_train, name):
     folder = run_train(work / name, name)
     rows = read_rows(folder)
     assert rows[-1]["step"] == 2
@@ -253,7 +250,6 @@ def test_every_algorithm_trains_and_is_evaluated(work, run_train, name):
     assert folders.kind_of(folder) == "language_model"
 
 
-@pytest.mark.battery
 def test_a_player_beside_the_policy_is_trained_saved_and_resumed(work, run_train):
     enpo = algorithms.enpo(tau=0.1, step_size=4.0, num_comparators=1, period=2)
     more = {"algorithm": enpo, "num_gap_samples": 0}
@@ -267,7 +263,6 @@ def test_a_player_beside_the_policy_is_trained_saved_and_resumed(work, run_train
     assert all(np.isfinite(row["adversary/kl"]) for row in trained)
 
 
-@pytest.mark.battery
 def test_sets_and_updates_of_a_run_are_the_users_choice(work, run_train, policy):
     ema = algorithms.nash_ema_pg(tau=0.1, decay=0.5)
     more = {"algorithm": ema, "write_sets": ("average",), "num_gap_samples": 2}
@@ -349,7 +344,6 @@ def test_the_same_command_again_does_nothing(work, data, policy):
     assert (policy / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.battery
 def test_three_steps_and_three_more_are_six(work, data, capsys):
     whole = run_sft(work / "six", data, steps(6))
     parts = run_sft(work / "three_and_three", data, steps(3))
@@ -359,7 +353,6 @@ def test_three_steps_and_three_more_are_six(work, data, capsys):
     assert_same_params(whole, parts)
 
 
-@pytest.mark.battery
 def test_training_goes_on_where_it_was_interrupted(work, run_train):
     whole = work / "nash_md_pg"
     if not whole.exists():
@@ -399,8 +392,8 @@ def test_a_missing_folder_is_named(tmp_path, run_train, argument):
 def test_an_algorithm_says_which_judge_it_needs(tmp_path, run_train):
     with pytest.raises(UserError, match=r"reward_pg rates .* REWARD_CHECKPOINT"):
         run_train(tmp_path / "out", "reward_pg", reward_checkpoint="")
-    with pytest.raises(UserError, match=r"self_play compares .* PREFERENCE_CHECK"):
-        run_train(tmp_path / "out", "self_play", preference_checkpoint="")
+    with pytest.raises(UserError, match=r"nash_md_pg compares .* PREFERENCE_CHECK"):
+        run_train(tmp_path / "out", "nash_md_pg", preference_checkpoint="")
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, data):

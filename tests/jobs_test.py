@@ -192,14 +192,6 @@ def test_nash_md_trains_against_the_learned_judge(work, sft, preference):
     )
 
 
-def test_reward_pg_trains_on_the_learned_reward(work, sft):
-    start = {"INITIAL_CHECKPOINT_PATH": sft}
-    reward = run_job(work, "reward", "reward", "--gin.TRAIN_STEPS=3", **start)
-    judges = {"REFERENCE_CHECKPOINT": sft, "REWARD_CHECKPOINT": reward}
-    folder = run_job(work, "reward_pg", "rlhf", **judges)
-    assert folders.kind_of(folder) == "language_model"
-
-
 def test_sample_prints_one_answer_a_line(work, sft, capsys):
     assert cli.main(["sample", f"--checkpoint={sft}", "--prompt=say alpha"]) == 0
     assert capsys.readouterr().out.endswith("\n")

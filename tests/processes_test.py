@@ -117,7 +117,7 @@ def nash(work, sft, preference):
         "REFERENCE_CHECKPOINT": sft[1][0],
         "PREFERENCE_CHECKPOINT": preference[1][0],
     }
-    meshes = {1: (), 2: ("--gin.FSDP=4",), 4: ("--gin.FSDP=2",)}
+    meshes = {1: (), 4: ("--gin.FSDP=2",)}
     return {
         number: (
             work / f"nash_{number}",
@@ -161,17 +161,15 @@ def test_the_preference_model_in_processes_ends_where_one_does(preference):
 
 @battery
 @slow
-@pytest.mark.parametrize("number", [2, 4])
-def test_nash_md_in_processes_ends_where_one_does(nash, sft, number):
-    same_parameters(nash[number][0], nash[1][0])
+def test_nash_md_in_processes_ends_where_one_does(nash, sft):
+    same_parameters(nash[4][0], nash[1][0])
     assert moved(nash[1][0], sft[1][0]) > 1e-4
 
 
 @battery
 @slow
-@pytest.mark.parametrize("number", [2, 4])
-def test_metrics_and_answers_are_those_of_one_process(nash, number):
-    one, other = (read_lines(nash[n][0] / "metrics.jsonl") for n in (1, number))
+def test_metrics_and_answers_are_those_of_one_process(nash):
+    one, other = (read_lines(nash[n][0] / "metrics.jsonl") for n in (1, 4))
     assert [row["step"] for row in other] == [row["step"] for row in one]
     for ours, theirs in zip(other, one, strict=True):
         assert set(ours) == set(theirs)
@@ -182,7 +180,7 @@ def test_metrics_and_answers_are_those_of_one_process(nash, number):
                     ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name
                 )
     answers = "samples/held_out/3.npz"
-    with np.load(nash[1][0] / answers) as a, np.load(nash[number][0] / answers) as b:
+    with np.load(nash[1][0] / answers) as a, np.load(nash[4][0] / answers) as b:
         np.testing.assert_array_equal(a["tokens_BT"], b["tokens_BT"])
 
 
@@ -218,9 +216,9 @@ def test_the_step_is_compiled_once_in_every_process(sft, preference, nash):
 
 @battery
 @slow
-@pytest.mark.parametrize("number", [2, 4])
-def test_one_process_writes_what_is_no_checkpoint(sft, nash, number):
-    for runs, alone in ((sft, sft[1][0]), (nash, nash[1][0])):
+def test_one_process_writes_what_is_no_checkpoint(sft, nash):
+    cases = ((2, sft, sft[1][0]), (4, sft, sft[1][0]), (4, nash, nash[1][0]))
+    for number, runs, alone in cases:
         folder, found = runs[number]
         for file in ("metrics.jsonl", "config.gin", "versions.json", "model.json"):
             assert (folder / file).is_file()
@@ -238,9 +236,9 @@ def test_one_process_writes_what_is_no_checkpoint(sft, nash, number):
 
 @battery
 @slow
-def test_every_process_writes_its_part_of_a_checkpoint(nash):
-    for number in (2, 4):
-        (state,) = (nash[number][0] / "checkpoints" / "3").glob("state")
+def test_every_process_writes_its_part_of_a_checkpoint(sft, nash):
+    for number, folder, step in ((2, sft[2][0], 6), (4, nash[4][0], 3)):
+        (state,) = (folder / "checkpoints" / str(step)).glob("state")
         parts = {path.name for path in state.glob("ocdbt.process_*")}
         assert parts == {f"ocdbt.process_{n}" for n in range(number)}
 

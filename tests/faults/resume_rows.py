@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed and go on, in one process and in several, for minutes and for an hour."""
+"""Runs that are killed and go on: in several processes, and for an hour."""
 
 ROWS = ()

@@ -11,7 +11,7 @@ ROWS = table.all_rows()
 
 def toy(**changed):
     given = {"limits": {"gone, s": ("max", 2.0)}} | changed
-    return Row(90, "goal", "fault", 1, 2, lambda seed, folder: Trial(), "< 2 s", **given)
+    return Row(90, "goal", "fault", 1, 2, lambda *_: Trial(), "< 2 s", **given)
 
 
 @pytest.mark.battery
