@@ -3,10 +3,7 @@
 
 import ast
 import html.parser
-import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -17,7 +14,6 @@ from nlhf_jax.checks import UserError, check_folder_name
 from nlhf_jax.evaluation import report
 from nlhf_jax.evaluation.tournament import win_rates
 from tests.faults.bad_input_test import one_sentence
-from tests.jobs_test import RUN, TINY
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SHIPPED = "nlhf_jax/pretrained/docstrings_t5"
@@ -335,7 +331,7 @@ def page(text: str) -> Tags:
     return Tags(report.render(data))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
 def test_no_text_becomes_part_of_the_page(attack):
     plain, attacked = page("plain"), page(attack)
     assert attacked.tags == plain.tags
@@ -343,44 +339,3 @@ def test_no_text_becomes_part_of_the_page(attack):
     assert "script" not in attacked.tags
     # It is shown as it is, and was not evaluated.
     assert "".join(attacked.text).count(attack) >= 6
-
-
-# --------------------------------------------------------------------------- secrets
-
-CANARY = "canary-5f1d0c7e9a"
-NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_OWN", "GIN_SECRET")
-
-
-def occurrences(folder: pathlib.Path) -> list[str]:
-    """Returns the files under a folder that hold the canary."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(found) > 5
-    return [str(path) for path in found if CANARY.encode() in path.read_bytes()]
-
-
-@pytest.mark.battery
-def test_no_secret_of_the_environment_is_written_or_printed(tmp_path):
-    rows = [{"prompt": f"say {word}", "target": word} for word in ("one", "two", "six")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "sft.gin").write_text(
-        f"include 'configs/runs/sft.gin'\n{TINY}{RUN}GROUP_FIELD = 'prompt'\n"
-        f"TRAIN_FILE = '{tmp_path}/rows.jsonl'\nTRAIN_STEPS = 3\n"
-    )
-    secrets = {name: CANARY for name in NAMES} | {"NLHF_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "nlhf_jax", "sft"]
-    command += [f"--gin_file={tmp_path}/sft.gin", f"--model_dir={tmp_path}/run"]
-    for more in (["--dry_run"], [], ["--gin.BATCH_SIZE=-1"]):
-        done = subprocess.run(
-            [*command, *more],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | secrets,
-            timeout=240,
-        )
-        assert done.returncode == (2 if "-1" in "".join(more) else 0), done.stderr
-        assert CANARY not in done.stdout + done.stderr
-    assert (tmp_path / "run" / "metrics.jsonl").is_file()
-    assert occurrences(tmp_path) == []
-    (tmp_path / "run" / "planted").write_text(CANARY)
-    assert occurrences(tmp_path) == [str(tmp_path / "run" / "planted")]
