@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from nlhf_jax import cli
 from tests.faults import bad_input_test, fuzz
 from tests.faults.rows import Row, Trial
 from tests.jobs_test import RUN, TINY
+from tests.launch_cloud_test import HISTORIES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CANARY = "canary-5f1d0c7e9a"
@@ -114,16 +114,15 @@ def fuzzed(seed: int, folder: pathlib.Path) -> Trial:
 # ------------------------------------------------------------- 17: the launcher's story
 
 
-def histories(seed: int, folder: pathlib.Path) -> Trial:
-    """Plays every scripted history of the fake cloud."""
-    del seed
-    command = [sys.executable, "-m", "pytest", "tests/launch_cloud_test.py"]
-    command += ["-o", "addopts=-q", "-p", "no:cacheprovider", f"--basetemp={folder}/t"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    count = int(passed[1]) if passed else 0
-    failure = "" if done.returncode == 0 else done.stdout[-500:]
-    return Trial(failure, {"histories": count})
+def history(seed: int, folder: pathlib.Path) -> Trial:
+    """Plays one of the scripted histories of the fake cloud."""
+    name = list(HISTORIES)[seed % len(HISTORIES)]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p"]
+    command += ["no:cacheprovider", f"--basetemp={folder}/t"]
+    test = f"tests/launch_cloud_test.py::test_history[{name}]"
+    done = subprocess.run([*command, test], cwd=ROOT, capture_output=True, text=True)
+    is_played = done.returncode == 0 and "1 passed" in done.stdout
+    return Trial("" if is_played else f"{name}: {done.stdout[-500:]}")
 
 
 # ------------------------------------------------------------------ 18: hostile names
@@ -243,10 +242,10 @@ ROWS = (
     Row(
         17,
         "the launcher's stories",
-        "scripted histories of a fake cloud",
+        f"{len(HISTORIES)} scripted histories of a fake cloud",
         1,
-        1,
-        histories,
+        len(HISTORIES),
+        history,
         "the right calls, nothing left, never two trainers",
     ),
     Row(
