@@ -2,9 +2,10 @@
 """Ratios of times, formed inside a round, so that a busy machine slows both sides.
 
 Seconds on one machine say little about another, and a shared machine changes from
-minute to minute. Every part therefore runs once a round, in an order that turns, and
-a ratio divides times of the same round. Its median over the rounds is the figure; the
-least and the largest show how far to trust it.
+minute to minute. Every part therefore runs once a round, in an order that turns. What
+else runs only ever adds time, so the figure is the ratio of the two sides' least times;
+beside it stand the least, median and largest ratio of times of the same round, which
+show how far to trust it.
 """
 
 import dataclasses
@@ -77,21 +78,39 @@ def ratios(
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One figure of a benchmark: a ratio of every round, and what it should be.
+    """One figure of a benchmark: a ratio, how it moved, and what it should be.
 
     Attributes:
       name: what is divided by what.
+      quiet: ratio of the least times, which the goal is about.
       values: one ratio per round.
-      goal: the median should not exceed it; None where there is no goal.
+      goal: `quiet` should not exceed it; None where there is no goal.
     """
 
     name: str
+    quiet: float
     values: tuple[float, ...]
     goal: float | None = None
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        seconds: Mapping[str, Sequence[float]],
+        above: Sequence[str],
+        below: Sequence[str],
+        goal: float | None = None,
+        share: float | int = 1,
+    ) -> "Figure":
+        """Returns `share` times the sum of `above` over that of `below`."""
+        least = {name: min(values) for name, values in seconds.items()}
+        quiet = sum(map(least.get, above)) / sum(map(least.get, below))
+        values = tuple(share * value for value in ratios(seconds, above, below))
+        return cls(name, share * quiet, values, goal)
+
     @property
     def median(self) -> float:
-        """The middle ratio, which the goal is about."""
+        """The middle ratio of the rounds."""
         return statistics.median(self.values)
 
     def verdict(self) -> str:
@@ -100,12 +119,13 @@ class Figure:
             return ""
         if len(self.values) < LEAST_ROUNDS:
             return "too few rounds"
-        return "met" if self.median <= self.goal else "missed"
+        return "met" if self.quiet <= self.goal else "missed"
 
     def line(self) -> str:
         """Returns the figure as one line of text."""
         low, high = min(self.values), max(self.values)
-        text = f"{self.name}: {self.median:.3f} ({low:.3f} to {high:.3f})"
+        rounds = f"rounds {low:.3f} to {high:.3f}, median {self.median:.3f}"
+        text = f"{self.name}: {self.quiet:.3f} ({rounds})"
         if self.goal is None:
             return text
         return f"{text}, goal <= {self.goal:g}: {self.verdict()}"
@@ -114,6 +134,7 @@ class Figure:
         """Returns the figure for the results file."""
         return {
             "name": self.name,
+            "ratio": self.quiet,
             "min": min(self.values),
             "median": self.median,
             "max": max(self.values),

@@ -23,7 +23,6 @@ from benchmarks.common import (
     Figure,
     interleaved,
     machine,
-    ratios,
     write_results,
 )
 from nlhf_jax.games import matrices, methods, solutions, solvers
@@ -149,8 +148,8 @@ def iteration_figures(size: Size, rounds: int) -> tuple[list[Figure], dict[str, 
         )
         goals = (1.5, 1.5, 1.0 if actions >= 1000 else None)
         for (name, above, below), goal in zip(rows, goals, strict=True):
-            values = tuple(ratios(seconds, [above], [below]))
-            found.append(Figure(f"{name}, n = {actions}", values, goal))
+            name = f"{name}, n = {actions}"
+            found.append(Figure.of(name, seconds, [above], [below], goal))
         compilations |= {one.name: one.num_compilations for one in counted}
     return found, compilations
 
@@ -177,12 +176,11 @@ def batch_figure(size: Size, rounds: int) -> Figure:
     _agree(together().last_BN[: size.num_numpy], in_a_loop())
     seconds = interleaved({"together": together, "loop": in_a_loop}, rounds)
     share = size.num_numpy / size.num_games
-    values = tuple(share * x for x in ratios(seconds, ["together"], ["loop"]))
     name = (
         f"{size.num_games} games x {size.num_steps} steps at once / numpy loop "
         f"(timed on {size.num_numpy})"
     )
-    return Figure(name, values, 1 / 50)
+    return Figure.of(name, seconds, ["together"], ["loop"], 1 / 50, share)
 
 
 def _agree(policy_BN: jax.Array, logits: Sequence[np.ndarray]) -> None:
@@ -277,14 +275,16 @@ def equilibrium_figures(size: Size, rounds: int) -> tuple[list[Figure], list[str
         else:
             continue
         equilibrium_seconds(num_actions)  # compiles
-        values = []
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(rounds):
             theirs = peer_seconds(name, num_actions, size.limit_s)
             if theirs is not None:
-                values.append(equilibrium_seconds(num_actions) / theirs)
-        if values:
+                seconds["theirs"].append(theirs)
+                seconds["ours"].append(equilibrium_seconds(num_actions))
+        if seconds["ours"]:
             title = f"equilibrium at tau to 1e-10 / {name}'s without tau"
-            found.append(Figure(f"{title}, n = {num_actions}", tuple(values), 0.1))
+            title += f", n = {num_actions}"
+            found.append(Figure.of(title, seconds, ["ours"], ["theirs"], 0.1))
     return found, notes
 
 

@@ -21,7 +21,6 @@ from benchmarks.common import (
     Figure,
     interleaved,
     machine,
-    ratios,
     write_results,
 )
 from nlhf_jax import decoding, train_step
@@ -195,7 +194,7 @@ def figures(seconds: dict[str, list[float]], length: int) -> list[Figure]:
         ("decode, inverse-CDF / Gumbel", ["fused"], ["gumbel"], None),
     )
     return [
-        Figure(name, tuple(ratios(seconds, above, below)), goal)
+        Figure.of(name, seconds, above, below, goal)
         for name, above, below, goal in rows
     ]
 

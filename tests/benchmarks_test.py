@@ -55,7 +55,7 @@ def test_the_program_prints_and_writes_what_was_measured(
     results = json.loads(path.read_text())
     assert {"size", "machine", "figures", "compilations"} <= {*results}
     for figure in results["figures"]:
-        assert f"{figure['name']}: {figure['median']:.3f} (" in out
+        assert f"{figure['name']}: {figure['ratio']:.3f} (" in out
     assert "compilations per function and shape: 1, goal 1" in out
 
 
@@ -82,18 +82,29 @@ def test_a_ratio_divides_sums_of_one_round():
     assert common.ratios(seconds, ["a", "b"], ["c"]) == [2 / 3, 2.0]
 
 
-def test_the_median_decides_and_few_rounds_decide_nothing():
-    values = (0.9, 0.95, 1.0, 3.0, 4.0)
-    assert common.Figure("x / y", values, 1.0).verdict() == "met"
-    assert common.Figure("x / y", values, 0.99).verdict() == "missed"
-    assert common.Figure("x / y", values[:4], 1.0).verdict() == "too few rounds"
-    assert common.Figure("x / y", values).verdict() == ""
-    expected = "x / y: 1.000 (0.900 to 4.000), goal <= 1: met"
-    assert common.Figure("x / y", values, 1.0).line() == expected
-    assert common.Figure("x / y", (2.0,)).line() == "x / y: 2.000 (2.000 to 2.000)"
-    record = common.Figure("x / y", values, 1.0).record()
+def test_the_least_times_decide_and_few_rounds_decide_nothing():
+    seconds = {"x": [1.8, 1.0, 2.0, 6.0, 8.0], "y": [2.0, 1.0, 2.0, 2.0, 2.0]}
+    figure = common.Figure.of("x / y", seconds, ["x"], ["y"], 1.0)
+    assert figure.quiet == 1.0 and figure.values == (0.9, 1.0, 1.0, 3.0, 4.0)
+    assert figure.verdict() == "met"
+    assert common.Figure.of("x / y", seconds, ["x"], ["y"], 0.99).verdict() == "missed"
+    few = {name: values[:4] for name, values in seconds.items()}
+    assert common.Figure.of("", few, ["x"], ["y"], 1.0).verdict() == "too few rounds"
+    assert common.Figure.of("", few, ["x"], ["y"]).verdict() == ""
+    rounds = "(rounds 0.900 to 4.000, median 1.000)"
+    assert figure.line() == f"x / y: 1.000 {rounds}, goal <= 1: met"
+    record = figure.record()
     assert (record["min"], record["median"], record["max"]) == (0.9, 1.0, 4.0)
-    assert record["rounds"] == 5
+    assert (record["ratio"], record["rounds"]) == (1.0, 5)
+
+
+def test_a_part_may_stand_for_more_than_was_timed():
+    seconds = {"x": [2.0, 4.0], "y": [1.0, 4.0]}
+    figure = common.Figure.of("x / y", seconds, ["x"], ["y"], share=0.1)
+    assert figure.quiet == pytest.approx(0.2)
+    assert figure.values == pytest.approx((0.2, 0.1))
+    both = common.Figure.of("x / (x + y)", seconds, ["x"], ["x", "y"])
+    assert both.quiet == pytest.approx(2 / 3)
 
 
 def test_compilations_are_counted_per_shape():
