@@ -36,6 +36,7 @@ FLAGS = (
     Flag("start_seconds", 600.0, "limit until all processes have met"),
     Flag("finish_seconds", 120.0, "limit from the first process's end to the last's"),
     Flag("pause_seconds", 1.0, "pause before the first restart; then it doubles"),
+    Flag("stable_seconds", 600.0, "an attempt of this length sets the pause back"),
 )
 # Between the first death and the signal to the others: who died of the same cause,
 # or knows it better, gives its own exit code. And from that signal to SIGKILL.
@@ -133,7 +134,10 @@ def supervise(options: SimpleNamespace, name: str, command: Sequence[str]) -> in
     """
     folder = pathlib.Path(options.log_dir).expanduser() / name
     pauses = RetryBudget(
-        options.max_failures, options.max_preemptions, options.pause_seconds
+        options.max_failures,
+        options.max_preemptions,
+        options.pause_seconds,
+        stable_seconds=options.stable_seconds,
     )
     with processes.locked(folder, name) as lock, Signals() as signals:
         while True:

@@ -12,7 +12,8 @@ class RetryBudget:
     """Counts failures and preemptions apart; pauses double from one to the next.
 
     The counts are never set back, so every job ends; the pause is, after an attempt
-    of ten minutes. A preempted job restarts after the first pause: nothing was wrong.
+    that was long enough. A preempted job restarts after the first pause: nothing was
+    wrong.
     """
 
     def __init__(
@@ -21,10 +22,12 @@ class RetryBudget:
         max_preemptions: int,
         first_pause: float,
         jitter: random.Random | None = None,
+        stable_seconds: float = STABLE_SECONDS,
     ):
         self.left = {FAILURE: max_failures, PREEMPTION: max_preemptions}
         self._first = self._next = first_pause
         self._jitter = jitter or random.Random()
+        self._stable_seconds = stable_seconds
 
     def spend(self, kind: str, lasted: float = 0.0) -> float | None:
         """Returns the pause before the next attempt, or None: no attempt is left.
@@ -36,7 +39,7 @@ class RetryBudget:
         if self.left[kind] <= 0:
             return None
         self.left[kind] -= 1
-        if kind == PREEMPTION or lasted >= STABLE_SECONDS:
+        if kind == PREEMPTION or lasted >= self._stable_seconds:
             self._next = self._first
         pause = self._next * (1 + self._jitter.uniform(-JITTER, JITTER))
         if kind == FAILURE:

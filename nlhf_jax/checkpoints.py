@@ -1,45 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run, and parameters alone in one portable file.
 
-    MODEL_DIR/checkpoints/<step>/    the whole train state and a few facts (orbax)
+    MODEL_DIR/checkpoints/<step>/state/    the whole train state (orbax)
+    MODEL_DIR/checkpoints/<step>/manifest.json    what it consists of; written last
+    MODEL_DIR/checkpoints/<step>.pinned    made by the user: this one is never deleted
     MODEL_DIR/checkpoints/params.safetensors    parameters alone, for an export
 
 Nothing else is needed to resume: data order and random keys are functions of (seed,
-step). Every saved state carries a checksum per array, since the format itself does not
-notice a flipped bit, and a state with a NaN in it is never written.
+step). The format itself does not notice a flipped bit, so the manifest has a digest of
+every file and array; a state with a NaN in it is never written.
 """
 
+import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from jaxtyping import Array, PyTree
 
-from nlhf_jax import distributed, global_arrays
-from nlhf_jax.checks import UserError, check_integer
-from nlhf_jax.checksums import inspect
-from nlhf_jax.parameter_files import (
-    PARAMS_FILE,
-    CheckpointError,
-    check_same_arrays,
-    names_of,
-    read_params_file,
-    save_params,
+from nlhf_jax import distributed, manifests, retention
+from nlhf_jax.checks import CheckpointError, UserError, check_integer, check_range
+from nlhf_jax.checksums import begin_checksums, finite
+from nlhf_jax.parameter_files import names_of, save_params
+from nlhf_jax.retention import Retention
+from nlhf_jax.saving import Save, Writing, appointment, array_writer
+from nlhf_jax.stored_states import (
+    STEPS_FOLDER,
+    damage,
+    load_params,
+    name_strangers,
+    reason,
+    restore_state,
+    together,
 )
-from nlhf_jax.types import POLICY, Params, TrainState
+from nlhf_jax.types import TrainState
 
-STEPS_FOLDER = "checkpoints"
-_STATE, _META = "state", "meta"
+__all__ = [
+    "STEPS_FOLDER",
+    "CheckpointError",
+    "Checkpointer",
+    "Retention",
+    "load_params",
+    "save_params",
+]
 
-__all__ = ["CheckpointError", "Checkpointer", "load_params", "save_params"]
-
-Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
@@ -49,26 +55,45 @@ class Checkpointer:
     Each process writes the parts on its own devices into one checkpoint, which any
     number of processes restores; all must call each method.
 
-    Saving is asynchronous: `save` returns when the arrays are copied, and a failure to
-    write them is raised by the next `save`, `wait` or `close`. A caller that ends
-    without `close` may lose its last checkpoint unnoticed.
+    Saving is asynchronous: `save` returns when the state may be changed. What fails
+    then is said in one sentence at once, and `retry_is_due` asks for another save some
+    seconds later; the run goes on meanwhile. If the newest save failed, and trying it
+    again did not help, `wait` and `close` raise. A caller that ends without `close` may
+    lose its last checkpoint unnoticed.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
-        """Opens (or makes) the folder; only the `keep` newest checkpoints stay.
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        keep: int | Retention = 2,
+        attempts: int = 3,
+        retry_seconds: float | int = 10.0,
+        beside: Sequence[pathlib.Path] = (),
+    ):
+        """Opens (or makes) the folder, and deletes there what a killed run left.
+
+        Args:
+          folder: of the steps.
+          keep: which checkpoints stay; a number is that many of the newest.
+          attempts: how often a save is tried in all, at least 1.
+          retry_seconds: from a failure to the next attempt.
+          beside: files that grow with the run; each manifest tells their bytes.
 
         Raises:
-          UserError: `keep` < 1, or the folder cannot be made.
+          UserError: an argument is out of its range, or the folder cannot be made.
         """
-        check_integer("keep", keep, 1)
+        if not isinstance(keep, Retention):
+            keep = Retention(check_integer("keep", keep, 1))
+        check_integer("save_attempts", attempts, 1)
+        check_range("save_retry_seconds", retry_seconds, 0.0, high_open=True)
         self.folder = pathlib.Path(folder).expanduser().absolute()
-        distributed.first_does("checkpoint folder", lambda: _make(self.folder))
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
-            ),
-        )
+        self._keep, self._beside = keep, tuple(beside)
+        self._attempts, self._retry_seconds = attempts, retry_seconds
+        self._newest: Save | None = None
+        self._evaluations: dict[int, Mapping[str, float]] = {}
+        distributed.first_does("checkpoint folder", lambda: _open(self.folder))
+        self._orbax = array_writer()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -85,56 +110,202 @@ class Checkpointer:
             _log.error("%s", error)
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Returns the steps of all checkpoints, oldest first: those process 0 sees."""
+        said = distributed.exchange(
+            "checkpoint steps", json.dumps(retention.committed(self.folder))
+        )
+        return json.loads(said[0])
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None without any."""
         return max(self.steps(), default=None)
 
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Returns the facts saved beside the state of `step`: its manifest's."""
+        manifest = manifests.read(self.folder / str(step))
+        return {k: v for k, v in manifest.items() if k not in ("arrays", "files")}
+
     def save(
         self, step: int, state: TrainState, meta: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the state after `step` updates, with facts that JSON can hold.
+        """Begins to write the state after `step` updates, with facts JSON can hold.
+
+        Args:
+          step: later than that of any checkpoint.
+          state: it may be donated as soon as this returns.
+          meta: `evaluation`, if there is one, holds the figures `keep` chooses by.
 
         Raises:
-          CheckpointError: a number is not finite, the step is not newer than the
-            newest checkpoint, or this or the previous checkpoint cannot be written.
+          CheckpointError: a number is not finite, or the step is not newer than the
+            newest checkpoint.
+          PeerLost: another process is gone.
         """
-        where = f"checkpoint {step} in {self.folder}"
-        distributed.barrier("checkpoint")
-        finite, checksums = inspect(state)
-        bad = [n for n, ok in zip(names_of(state), finite, strict=True) if not ok]
+        previous = self._newest
+        is_retry = previous is not None and previous.retry_at is not None
+        self._join()
+        self._newest = None
+        attempt = previous.attempt + 1 if is_retry else 1
+        self._begin(Save(step, state, meta or {}, attempt))
+
+    def retry_is_due(self, done: int) -> bool:
+        """Whether the newest save failed and is to be tried again after this step.
+
+        Args:
+          done: updates done; to be asked after each of them. All processes get the same
+            answer.
+
+        Raises:
+          PeerLost: process 0 is gone.
+        """
+        save = self._newest
+        if save is None or save.is_on_disk:
+            return False
+        if save.retry_at is None:
+            waited = time.monotonic() - save.failed_at
+            is_asked = save.error is not None and save.attempt < self._attempts
+            is_asked = is_asked and waited >= self._retry_seconds
+            save.retry_at = appointment(save.key, is_asked, done)
+        return save.retry_at is not None and done >= save.retry_at
+
+    def wait(self) -> None:
+        """Waits until everything saved is on disk.
+
+        The newest save is tried again, where it failed and its state still exists.
+
+        Raises:
+          CheckpointError: the newest save failed, and so did what was tried then.
+          PeerLost: another process is gone.
+        """
+        while (error := self._join()) is not None:
+            save = self._newest
+            if save.attempt >= self._attempts or not save.can_be_repeated:
+                self._newest = None  # it is said once
+                raise CheckpointError(
+                    f"checkpoint {save.step} in {self.folder} could not be written: "
+                    f"{reason(error)}"
+                ) from error
+            time.sleep(self._retry_seconds)
+            self._begin(Save(save.step, save.state, save.meta, save.attempt + 1))
+
+    def close(self) -> None:
+        """Waits as `wait` does, and lets the folder go."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _join(self) -> Exception | None:
+        """Waits for the newest save, and returns why it failed.
+
+        Raises:
+          PeerLost: it needs a process that is gone.
+        """
+        error = None if self._newest is None else self._newest.join()
+        if distributed.is_peer_loss(error):
+            raise error
+        return error
+
+    def _begin(self, save: Save) -> None:
+        """Refuses what must not be written, and starts what may."""
+        where = f"checkpoint {save.step} in {self.folder}"
+        latest = self.latest_step()
+        if latest is not None and save.step <= latest:
+            raise CheckpointError(
+                f"{where} not written: checkpoint {latest} is there already"
+            )
+        named = names_of(save.state)
+        each = zip(named, finite(save.state), strict=True)
+        bad = [name for name, is_good in each if not is_good]
         if bad:
             raise CheckpointError(
                 f"{where} not written: {bad[0]} has numbers that are not finite"
             )
-        facts = {
-            **(meta or {}),
-            "step": step,
-            "checksums": [int(checksum) for checksum in checksums],
-        }
+        self._newest = save
+        facts = {**save.meta, "step": save.step, "positions": self._positions()}
         try:
-            written = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        _STATE: ocp.args.StandardSave(state),
-                        _META: ocp.args.JsonSave(facts),
-                    }
-                ),
-            )
+            together("checkpoint", lambda: self._prepare(save.step))
+        except CheckpointError as error:
+            self._failed(save, error)
+            return
+        checksums = begin_checksums(save.state)
+        writing = Writing(self.folder / str(save.step), facts, named, checksums)
+        writing.start(self._orbax, save.state)
+        save.start(lambda: self._finish(save, writing))
+
+    def _positions(self) -> dict[str, int]:
+        """Bytes of the files that grow with the run, as they are at this step."""
+        there = [path for path in self._beside if path.is_file()]
+        return {path.name: path.stat().st_size for path in there}
+
+    def _prepare(self, step: int) -> None:
+        """Makes the step's folder; what a failed save left there goes."""
+        if not distributed.is_first():
+            return
+        place = self.folder / str(step)
+        try:
+            if manifests.is_leftover(place):
+                retention.delete(self.folder, step)
+            elif place.exists():
+                retention.set_aside(self.folder, step)
+            manifests.begin(place)
+        except OSError as error:
+            raise CheckpointError(f"{place} cannot be made: {error}") from error
+
+    def _finish(self, save: Save, writing: Writing) -> None:
+        """Ends a save in the background: the manifest, then what goes for it."""
+        try:
+            writing.commit()
         except Exception as error:
-            raise CheckpointError(f"{where} could not be written: {error}") from error
-        if not written:
-            raise CheckpointError(
-                f"{where} not written: checkpoint {self.latest_step()} is there already"
+            self._failed(save, error)
+            raise
+        if distributed.is_first():
+            self._delete_old(save.step, save.meta)
+
+    def _failed(self, save: Save, error: Exception) -> None:
+        """Says that a save failed, and frees the room it took."""
+        save.fail(error)
+        if distributed.is_peer_loss(error) or not distributed.is_first():
+            return
+        retention.discard(self.folder, save.step)
+        where = f"checkpoint {save.step} in {self.folder}"
+        if save.attempt == self._attempts:
+            _log.warning(
+                "%s could not be written: %s; given up after attempt %d, "
+                "until the next one is due",
+                where,
+                reason(error),
+                save.attempt,
+            )
+        elif save.attempt == 1:
+            _log.warning(
+                "%s could not be written: %s; tried again in %g s",
+                where,
+                reason(error),
+                self._retry_seconds,
             )
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """Returns the facts saved beside the state of `step`."""
-        handler, folder = ocp.JsonCheckpointHandler(), self.folder / str(step) / _META
-        return handler.restore(epath.Path(folder), args=ocp.args.JsonRestore())
+    def _delete_old(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Deletes the checkpoints that no rule keeps; a failure is only said."""
+        try:
+            figures = self._figures(step, meta)
+            steps = retention.committed(self.folder)
+            pinned = retention.pinned_steps(self.folder)
+            for old in retention.to_delete(steps, self._keep, figures, pinned):
+                retention.delete(self.folder, old)
+        except (OSError, CheckpointError) as error:
+            _log.warning("old checkpoints in %s stay: %s", self.folder, reason(error))
+
+    def _figures(self, step: int, meta: Mapping[str, Any]) -> dict[int, float]:
+        """Returns step -> the value that the best checkpoints are chosen by."""
+        if not self._keep.best:
+            return {}
+        self._evaluations[step] = meta.get("evaluation", {})
+        for other in retention.committed(self.folder):
+            if other not in self._evaluations:
+                facts = self.read_meta(other)
+                self._evaluations[other] = facts.get("evaluation", {})
+        name = self._keep.metric
+        return {s: e[name] for s, e in self._evaluations.items() if name in e}
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Returns the state saved at `step`, or at the newest good one before it.
@@ -149,231 +320,55 @@ class Checkpointer:
 
         Raises:
           UserError: there is no such checkpoint, it belongs to another model or
-            optimiser, or none up to `step` is readable.
+            optimiser, or none up to `step` is good; each is named with what is wrong.
+          PeerLost: another process is gone.
         """
         steps = self.steps()
         if step not in steps:
             raise UserError(
                 f"no checkpoint {step} in {str(self.folder)!r}; steps there: {steps}"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        damaged = []
+        abstract = jax.tree.map(_abstract, like)
+        damaged: dict[int, str] = {}
         for candidate in [s for s in reversed(steps) if s <= step]:
+            place = self.folder / str(candidate)
             try:
-                state = self._restore_one(candidate, abstract)
+                state = restore_state(place, abstract)
             except UserError:
                 raise
             except Exception as error:
-                _log.warning("%s", _damage(self.folder / str(candidate), error))
-                damaged.append(candidate)
+                if distributed.is_peer_loss(error):
+                    raise
+                _log.warning("%s", damage(place, error))
+                damaged[candidate] = reason(error)
                 continue
-            self._set_aside(damaged)
+            self._set_aside(list(damaged))
             return state
-        raise UserError(
-            f"no readable checkpoint in {str(self.folder)!r}: {damaged} are damaged"
-        )
-
-    def _restore_one(self, step: int, abstract: TrainState) -> TrainState:
-        folder = self.folder / str(step)
-        stored = _together(lambda: _stored_arrays(folder))
-        check_same_arrays(f"checkpoint {step} in {self.folder}", stored, abstract)
-        args = ocp.args.StandardRestore(abstract)
-        # Not the manager's: in it the others would wait for who finds damage.
-        handler = ocp.StandardCheckpointHandler()
-        place = epath.Path(folder / _STATE)
-        state = _together(lambda: handler.restore(place, args=args))
-        meta = _together(lambda: self.read_meta(step))
-        _, checksums = inspect(state)
-        _compare_checksums(names_of(state), checksums, meta)
-        return state
+        each = "; ".join(f"{number}: {wrong}" for number, wrong in damaged.items())
+        raise UserError(f"no readable checkpoint in {str(self.folder)!r}: {each}")
 
     def _set_aside(self, steps: list[int]) -> None:
         def rename() -> None:
             for step in steps:
-                folder = self.folder / str(step)
-                folder.rename(folder.with_name(f"{step}.damaged"))
+                retention.set_aside(self.folder, step)
 
         if steps:
             distributed.first_does("damaged checkpoints", rename)
-            self._manager.reload()
-
-    def wait(self) -> None:
-        """Waits until everything saved is on disk.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise CheckpointError(
-                f"a checkpoint in {self.folder} could not be written: {error}"
-            ) from error
-
-    def close(self) -> None:
-        """Waits as `wait` does, and lets the folder go."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
 
 
-def _make(folder: pathlib.Path) -> None:
+def _open(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        retention.remove_leftovers(folder)
     except OSError as error:
         raise UserError(
             f"checkpoint folder {str(folder)!r} cannot be made: {error.strerror}"
         ) from error
+    name_strangers(folder)
 
 
-def _together(read: Callable[[], Result]) -> Result:
-    """Returns `read()`; damage that one process finds is damage for all.
-
-    Else some would go on to the next checkpoint while others use this one.
-
-    Raises:
-      CheckpointError: another process could not read its part.
-    """
-    try:
-        found, wrong = read(), None
-    except Exception as error:
-        found, wrong = None, error
-    reasons = distributed.exchange("restore", _reason(wrong))
-    if wrong is not None:
-        raise wrong
-    for number, reason in sorted(reasons.items()):
-        if reason:
-            raise CheckpointError(f"process {number} found: {reason}")
-    return found
-
-
-def _reason(error: Exception | None) -> str:
-    if error is None:
-        return ""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _damage(folder: pathlib.Path, error: Exception) -> str:
-    return f"checkpoint {folder} is damaged: {_reason(error)}"
-
-
-def _compare_checksums(
-    names: Mapping[str, Any], checksums: list[Any], meta: Mapping[str, Any]
-) -> None:
-    for name, found, saved in zip(names, checksums, meta["checksums"], strict=True):
-        if int(found) != saved:
-            raise CheckpointError(f"the checksum of {name} differs")
-
-
-def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the tree of shapes and dtypes of a stored state, reading no array."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_folder / _STATE))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What an array is to be like, and where it is to lie."""
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
     )
-
-
-def load_params(
-    path: str | pathlib.Path,
-    like: Params | None = None,
-    shardings: PyTree | None = None,
-) -> dict[str, Any]:
-    """Returns a policy's parameters in float32, whatever the stored dtype.
-
-    Args:
-      path: a model folder, its `checkpoints` folder, one step's folder, or a
-        safetensors file. Of several steps the newest readable one is taken.
-      like: parameters, concrete or abstract, whose names and shapes are required.
-      shardings: where each array is to lie, a tree like `like`; of a step's folder a
-        process then reads the parts on its own devices only, and all processes must
-        call this. None puts everything on one device.
-
-    Raises:
-      UserError: nothing is there, it is damaged, or it does not fit `like`; the first
-        parameter that differs is named with both shapes.
-    """
-    source = pathlib.Path(path).expanduser().absolute()
-    if not source.exists():
-        raise UserError(f"checkpoint {str(path)!r} does not exist")
-    candidates = _param_sources(source)
-    if not candidates:
-        raise UserError(
-            f"{str(path)!r} holds no checkpoint: expected a folder of steps, a step, "
-            f"or {PARAMS_FILE}"
-        )
-    for candidate in candidates:
-        try:
-            return _load_one(candidate, like, shardings)
-        except UserError:
-            raise
-        except Exception as error:
-            _log.warning("%s", _damage(candidate, error))
-    raise UserError(f"no checkpoint in {str(path)!r} is readable: all are damaged")
-
-
-def _load_one(
-    source: pathlib.Path, like: Params | None, shardings: PyTree | None
-) -> dict[str, Any]:
-    if shardings is None:
-        return jax.tree.map(_to_float32, _read_params(source, like))
-    params = _together(lambda: _read_params(source, like, shardings))
-    return global_arrays.put(jax.tree.map(_to_float32_host, params), shardings)
-
-
-def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
-    """Returns files and step folders to try, in order; empty if there are none."""
-    if source.is_file() or (source / _STATE).is_dir():
-        return [source]
-    steps = [f for f in source.iterdir() if f.name.isdecimal() and f.is_dir()]
-    if steps:
-        return sorted(steps, key=lambda folder: int(folder.name), reverse=True)
-    if (source / PARAMS_FILE).is_file():
-        return [source / PARAMS_FILE]
-    inner = source / STEPS_FOLDER
-    return _param_sources(inner) if inner.is_dir() else []
-
-
-def _read_params(
-    source: pathlib.Path, like: Params | None, shardings: PyTree | None = None
-) -> dict[str, Any]:
-    if source.is_file():
-        return read_params_file(source, like)
-    stored = _stored_arrays(source)
-    abstract = {"param_sets": {POLICY: stored["param_sets"][POLICY]}}
-    if like is not None:
-        check_same_arrays(
-            str(source), abstract["param_sets"][POLICY], like, any_dtype=True
-        )
-    restore_args = jax.tree.map(
-        lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), abstract
-    )
-    if shardings is not None:
-        wanted = {"param_sets": {POLICY: shardings}}
-        restore_args = jax.tree.map(_restored_there, abstract, wanted)
-    found = ocp.PyTreeCheckpointHandler().restore(
-        epath.Path(source / _STATE),
-        args=ocp.args.PyTreeRestore(
-            item=abstract, restore_args=restore_args, partial_restore=True
-        ),
-    )
-    return found["param_sets"][POLICY]
-
-
-def _restored_there(leaf: jax.ShapeDtypeStruct, sharding: Any) -> ocp.ArrayRestoreArgs:
-    return ocp.ArrayRestoreArgs(
-        restore_type=jax.Array, sharding=sharding, dtype=_as_trained(leaf.dtype)
-    )
-
-
-def _as_trained(dtype: Any) -> Any:
-    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
-def _to_float32(leaf: np.ndarray) -> Array:
-    return jnp.asarray(leaf, _as_trained(leaf.dtype))
-
-
-def _to_float32_host(leaf: Array | np.ndarray) -> Array | np.ndarray:
-    return leaf if isinstance(leaf, jax.Array) else leaf.astype(_as_trained(leaf.dtype))

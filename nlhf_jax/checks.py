@@ -10,6 +10,25 @@ class UserError(ValueError):
     """A mistake in the user's input; the command line prints it and exits with 2."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged; one sentence and exit code 74.
+
+    The code is that of the system's list for errors of input and output.
+    """
+
+
+class RunFailed(RuntimeError):
+    """Ends a run that would end the same way again; printed as one sentence.
+
+    Attributes:
+      sentence: what is printed; whoever passes the exception on may add to its text.
+    """
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence)
+        self.sentence = sentence
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ` (did you mean X?)` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -7,15 +7,23 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 
-from nlhf_jax import __version__, discovery, distributed
-from nlhf_jax.checks import UserError, check_choice, nearest
+from nlhf_jax import __version__, discovery, distributed, watchdog
+from nlhf_jax.checks import (
+    CheckpointError,
+    RunFailed,
+    UserError,
+    check_choice,
+    nearest,
+)
 from nlhf_jax.jobs import COMMANDS, JOBS
 
 DEFECT_EXIT, USAGE_EXIT, INTERRUPTED_EXIT, STOPPED_EXIT = 1, 2, 130, 143
+FAILED_EXIT, UNSAVED_EXIT = 70, 74
 LONGEST_WORD = 400
 DEFAULT_FILES = {"quickstart": ["configs/runs/quickstart.gin"]}
 # Job -> scale -> its file; the first scale is the default.
@@ -128,40 +136,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit code.
 
     0: done. 2: a user's mistake, one sentence on standard error without a traceback.
-    42: another process of the job is late or gone; all must be started again. 130:
-    Ctrl-C. 143: a signal ended the run after its state was saved. Other exceptions are
-    defects and keep their traceback.
+    42: a process of the job is gone, late or hangs; all must be started again. 70: the
+    run failed, one sentence, and would fail again: its numbers are not finite. 74: the
+    last checkpoint could not be written, one sentence. 130: Ctrl-C. 143: a signal ended
+    the run after its state was saved. Other exceptions are defects and keep their
+    traceback.
     """
-    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
-    distributed.leave(code)
+    code, reason = _ended(list(sys.argv[1:] if argv is None else argv))
+    distributed.leave(code, reason)
     return code
 
 
-def _exit_code(words: list[str]) -> int:
+def _ended(words: list[str]) -> tuple[int, str]:
+    """Returns the exit code, and in several processes why it is no good one."""
     try:
-        return _main(words)
+        return _main(words), ""
     except UserError as error:
-        print(f"nlhf: {on_one_line(str(error))}", file=sys.stderr)
-        return USAGE_EXIT
+        sentence = on_one_line(str(error))
+        print(f"nlhf: {sentence}", file=sys.stderr)
+        return USAGE_EXIT, sentence
+    except RunFailed as error:
+        sentence = on_one_line(error.sentence)
+        print(f"nlhf: {sentence}", file=sys.stderr)
+        return FAILED_EXIT, sentence
+    except CheckpointError as error:
+        sentence = on_one_line(str(error))
+        print(f"nlhf: {sentence}", file=sys.stderr)
+        return UNSAVED_EXIT, sentence
     except BrokenPipeError:
         # Whoever read our output has enough; Python must not flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, ""
     except KeyboardInterrupt:
         print("nlhf: interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT
+        return INTERRUPTED_EXIT, "interrupted"
     except Exception as error:
         if distributed.num_processes() == 1:
             raise
         # An interpreter that ends by itself would wait minutes for the others.
         traceback.print_exc()
+        reason = on_one_line(f"{type(error).__name__}: {error}")
         if not distributed.is_peer_loss(error):
-            return DEFECT_EXIT
-        print(
-            f"nlhf: another process of this job is gone: {str(error).splitlines()[0]}",
-            file=sys.stderr,
-        )
-        return distributed.RESTART_EXIT
+            return DEFECT_EXIT, reason
+        return distributed.RESTART_EXIT, f"another process is gone or late: {reason}"
 
 
 def on_one_line(sentence: str) -> str:
@@ -214,14 +231,14 @@ def _main(words: list[str]) -> int:
         )
         return 0
     _join_processes(job, arguments)
-    runs.set_config_source(gin_bindings.operative_config)
+    runs.set_source(gin_bindings.operative_config, words)
     _enable_compilation_cache()
     try:
         gin_bindings.run(job)
     except runs.Stopped as stopped:
         print(
             f"nlhf: {job} was stopped by a signal at step {stopped.step}, everything "
-            "is saved; the same command continues",
+            f"is saved; the same command continues: {shlex.join(['nlhf', *words])}",
             file=sys.stderr,
         )
         return STOPPED_EXIT
@@ -233,6 +250,8 @@ def _join_processes(job: str, arguments: Arguments) -> None:
     processes = discovery.find(arguments.processes)
     if job not in TRAINING_JOBS:
         _check_single(job, processes)
+    watchdog.own_process()
+    watchdog.limit(0)  # a mistake in its variable is found here
     facts = {"command": arguments.command(job), "version": __version__}
     distributed.start(processes, facts)
 

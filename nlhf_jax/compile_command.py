@@ -8,6 +8,7 @@ from typing import Any
 
 from nlhf_jax import cli, gin_bindings, gin_files
 from nlhf_jax.checks import UserError, check_choice, nearest
+from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.settings import T5Settings
 
 MOST_DEVICES = 65_536
@@ -18,7 +19,7 @@ USAGE = """usage: nlhf compile --job=JOB (--topology=CHIP:SHAPE | --cpu_devices=
                           parameters are that job's
   --topology=v5e:16x16    a TPU slice that need not exist; needs the package libtpu
   --cpu_devices=8         fake CPU devices instead
-  --reference_model=FILE  a gin file with T5Settings, where the model's folder is not
+  --reference_model=FILE  a gin file of a model's shape, where its folder is not
                           here; also --preference_model, --reward_model, and --model
                           for what a supervised job trains
   --plan                  an estimate from shapes alone, without the compiler
@@ -137,17 +138,19 @@ def resolve(
     return gin_bindings.bindings(job)
 
 
-def read_shape(file: str) -> T5Settings:
-    """Returns the `T5Settings` that a gin file binds.
+def read_shape(file: str) -> ModelSettings:
+    """Returns the `T5Settings` or `DecoderOnlySettings` that a gin file binds.
 
     Raises:
       UserError: the file is missing, binds none, or is incomplete.
     """
     statements = gin_files.read(file, [gin_files.REPOSITORY], "the command line")
     values = {one.key: one.value for one in statements}
+    is_decoder_only = any(key.startswith("DecoderOnlySettings.") for key in values)
+    shape = DecoderOnlySettings if is_decoder_only else T5Settings
     found = {}
     for key, value in values.items():
-        if not key.startswith("T5Settings."):
+        if not key.startswith(f"{shape.__name__}."):
             continue
         passed = set()
         while value.startswith("%"):
@@ -158,17 +161,17 @@ def read_shape(file: str) -> T5Settings:
                 raise UserError(f"{file}: the macro {value} is not defined")
             value = values[value[1:]]
         try:
-            found[key.removeprefix("T5Settings.")] = ast.literal_eval(value)
+            found[key.removeprefix(f"{shape.__name__}.")] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise UserError(f"{file}: {key} is not a literal: {value}") from error
     if not found:
         near = sorted(p.name for p in pathlib.Path(file).parent.glob("*.gin"))
         raise UserError(
-            f"{file} binds no T5Settings; files of shapes are in configs/models"
+            f"{file} binds no {shape.__name__}; files of shapes are in configs/models"
             + nearest(pathlib.Path(file).name, near)
         )
     try:
-        return T5Settings(**found)
+        return shape(**found)
     except TypeError as error:
-        text = str(error).replace("T5Settings.__init__() ", "")
-        raise UserError(f"{file}: T5Settings {text}") from error
+        text = str(error).replace(f"{shape.__name__}.__init__() ", "")
+        raise UserError(f"{file}: {shape.__name__} {text}") from error

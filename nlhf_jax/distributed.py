@@ -9,17 +9,20 @@ function is the obvious thing and costs nothing.
 import dataclasses
 import os
 import re
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from nlhf_jax import roll_call
+from nlhf_jax import peers, roll_call, runtime
 from nlhf_jax.checks import UserError, check_range
 from nlhf_jax.discovery import Processes
+from nlhf_jax.peers import RESTART_EXIT
+from nlhf_jax.runtime import first_line
 
-RESTART_EXIT = 42
-LEAVE_SECONDS = 1.0
+LEAVE_SECONDS = 0.5
 LONGEST_WAIT = 604_800  # a week, in seconds
 Result = TypeVar("Result")
 
@@ -75,6 +78,7 @@ class _Job:
     patience: Patience = Patience()
     hosts: Mapping[int, str] = dataclasses.field(default_factory=dict)
     client: object = None
+    watch: peers.Watch | None = None
     rounds: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -99,42 +103,14 @@ def start(
     if processes.num_processes == 1:
         return
     patience = Patience.from_variables() if patience is None else patience
-    hosts = roll_call.call(processes, facts or {}, patience.start)
-    _initialize(processes, patience)
+    roll = roll_call.call(processes, facts or {}, patience.start)
+    # From here on nobody can die unnoticed, not even while the runtime starts.
+    watch = peers.Watch(processes.process_id, roll.hosts, roll.lines)
+    runtime.start(processes, patience.start, patience.heartbeat)
     from jax._src import distributed
 
-    _job.processes, _job.patience, _job.hosts = processes, patience, hosts
-    _job.client = distributed.global_state.client
-
-
-def _initialize(processes: Processes, patience: Patience) -> None:
-    import jax
-
-    # Its handler would swallow SIGTERM, which our loop turns into a checkpoint.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    host, port = processes.address
-    bind = f"{host}:{port}" if roll_call.is_local(host) else f"[::]:{port}"
-    try:
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.num_processes,
-            processes.process_id,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=bind,
-            initialization_timeout=int(patience.start),
-            heartbeat_timeout_seconds=int(patience.heartbeat),
-            shutdown_timeout_seconds=30,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"the processes of {processes.coordinator} could not be joined by process "
-            f"{processes.process_id} on {socket.gethostname()}: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    _job.processes, _job.patience, _job.hosts = processes, patience, roll.hosts
+    _job.client, _job.watch = distributed.global_state.client, watch
 
 
 def num_processes() -> int:
@@ -165,15 +141,14 @@ def exchange(name: str, text: str = "", seconds: float | int | None = None):
     import jax
 
     client, seconds = _job.client, seconds or _job.patience.barrier
-    count = _job.rounds[name] = _job.rounds.get(name, 0) + 1
-    folder = f"nlhf/{name}/{count}"
+    folder = new_key(name)
     try:
         client.key_value_set(f"{folder}/{_job.processes.process_id}", text)
         client.wait_at_barrier(folder, int(seconds * 1000))
         said = _read(folder)
-        if is_first() and count > 1:
+        if is_first() and _job.rounds[name] > 1:
             # All have come to this round, so nobody reads the one before any more.
-            client.key_value_delete(f"nlhf/{name}/{count - 1}")
+            client.key_value_delete(f"nlhf/{name}/{_job.rounds[name] - 1}")
     except jax.errors.JaxRuntimeError as error:
         raise PeerLost(_who_is_late(name, folder, seconds, error)) from error
     return said
@@ -190,7 +165,7 @@ def _who_is_late(name, folder, seconds, error) -> str:
     try:
         there = _read(folder)
     except jax.errors.JaxRuntimeError:
-        return f"barrier {name!r}: process 0 is gone ({_first_line(error)})"
+        return f"barrier {name!r}: process 0 is gone ({first_line(error)})"
     late = [
         f"process {number} on {_job.hosts.get(number, '?')}"
         for number in range(num_processes())
@@ -200,7 +175,7 @@ def _who_is_late(name, folder, seconds, error) -> str:
         this = f"process {_job.processes.process_id}"
         return f"barrier {name!r}: {this} came when others had given up waiting for it"
     if not late:
-        return f"barrier {name!r}: {_first_line(error)}"
+        return f"barrier {name!r}: {first_line(error)}"
     return f"barrier {name!r}: {', '.join(late)} did not come within {seconds:g} s"
 
 
@@ -257,55 +232,65 @@ def first_then_others(name: str, action: Callable[[], Result]) -> Result:
     return mine if is_first() else action()
 
 
-class Stop:
-    """When all processes stop, after one of them was asked to.
+def barrier_seconds() -> float | int:
+    """Returns how long the processes wait for each other: see `Patience`."""
+    return _job.patience.barrier
 
-    Processes run at most one step apart, since each waits for its step before the last
-    and a step needs all of them. So who is asked after step s writes s + 2 into the
-    store that all share, and nobody has gone past s + 2 without having looked.
+
+def new_key(name: str) -> str:
+    """Returns a key of the store that all share; all processes ask for as many."""
+    count = _job.rounds[name] = _job.rounds.get(name, 0) + 1
+    return f"nlhf/{name}/{count}"
+
+
+def first_word(key: str, proposal: str = "") -> str:
+    """Returns what was said first under a key, if anything; waits for nobody.
+
+    Args:
+      key: see `new_key`.
+      proposal: said now if nobody has said anything; empty says nothing.
+
+    Raises:
+      PeerLost: process 0 is gone.
     """
+    import jax
 
-    def __init__(self):
-        """Starts a run; all processes start as many, in the same order."""
-        self._at: int | None = None
-        self.was_asked = False
-        count = _job.rounds["stop"] = _job.rounds.get("stop", 0) + 1
-        self._key = f"nlhf/stop/{count}"
+    try:
+        if proposal:
+            _job.client.key_value_set(key, proposal)
+            return proposal
+    except jax.errors.JaxRuntimeError as error:
+        # Another process said something at the same time, and that counts.
+        if "ALREADY_EXISTS" not in str(error):
+            raise PeerLost(f"process 0 is gone: {first_line(error)}") from error
+    try:
+        return _job.client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return ""
+        raise PeerLost(f"process 0 is gone: {first_line(error)}") from error
 
-    def __call__(self, is_asked: bool, done: int) -> bool:
-        """Whether to stop now.
 
-        Args:
-          is_asked: whether this process was asked to.
-          done: steps done; every process calls it after each of them.
+def is_preempted(step: int) -> bool:
+    """Whether JAX's preemption service wants all processes to stop at this step.
 
-        Raises:
-          PeerLost: process 0 is gone.
-        """
-        if num_processes() == 1:
-            self.was_asked = is_asked
-            return is_asked
-        if self._at is None:
-            self._at = self._agreed(done + 2 if is_asked else None)
-        return self._at is not None and done >= self._at
+    True at the same step in all of them, each of which asks at every step; never where
+    the service is off (JAX_ENABLE_PREEMPTION_SERVICE=0) and in a single process.
+    """
+    if num_processes() == 1:
+        return False
+    return runtime.reached_preemption(step)
 
-    def _agreed(self, proposal: int | None) -> int | None:
-        import jax
 
-        try:
-            if proposal is not None:
-                _job.client.key_value_set(self._key, str(proposal))
-                return proposal
-        except jax.errors.JaxRuntimeError as error:
-            # Another process was asked at the same time, and its step counts.
-            if "ALREADY_EXISTS" not in str(error):
-                raise PeerLost(f"process 0 is gone: {_first_line(error)}") from error
-        try:
-            return int(_job.client.key_value_try_get(self._key))
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" in str(error):
-                return None
-            raise PeerLost(f"process 0 is gone: {_first_line(error)}") from error
+def my_name() -> str:
+    """Returns `process 1 on HOST`."""
+    return f"process {_job.processes.process_id} on {socket.gethostname()}"
+
+
+def tell_hang(sentence: str) -> None:
+    """Tells all other processes that this one stands still; they end with 42."""
+    if _job.watch is not None:
+        _job.watch.hangs(sentence)
 
 
 def is_peer_loss(error: BaseException | None) -> bool:
@@ -317,28 +302,36 @@ def is_peer_loss(error: BaseException | None) -> bool:
     return num_processes() > 1 and re.search(signs, text) is not None
 
 
-def leave(code: int) -> None:
+def leave(code: int, reason: str = "") -> None:
     """Ends this process's part; with several processes and an error, the process too.
 
-    After success all wait for each other. After an error they wait a second, in which
-    others may find the same: one that sits in a collective would hold them for minutes.
+    After success all wait for each other. After an error they wait half a second, in
+    which others may find the same; then this process ends, and so all others with 42.
+
+    Args:
+      code: this process's exit code.
+      reason: of an error, in a few words, for the others' logs.
     """
     if num_processes() == 1:
         return
     import jax
 
+    is_success = code in (0, 128 + signal.SIGTERM)
     try:
-        barrier(f"end with code {code}", None if _is_success(code) else LEAVE_SECONDS)
+        if code == RESTART_EXIT:
+            # Whoever is gone, the watch is about to end this process and to name it.
+            time.sleep(LEAVE_SECONDS)
+            peers.end(reason or "another process is gone")
+        if not is_success:
+            _job.watch.failing(reason or f"exit code {code}")
+        barrier(f"end with code {code}", None if is_success else LEAVE_SECONDS)
+        _job.watch.goodbye()
         jax.distributed.shutdown()
+        _job.watch.close()
         _job.__init__()
     except (PeerLost, jax.errors.JaxRuntimeError) as error:
-        if _is_success(code):
-            print(f"nlhf: {_first_line(error)}", file=sys.stderr)
-            code = RESTART_EXIT
+        if is_success:
+            peers.end(first_line(error))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _is_success(code: int) -> bool:
-    return code in (0, 128 + 15)

@@ -18,20 +18,24 @@ from typing import Any
 import gin
 
 from nlhf_jax import gin_files, gin_lint, settings
+from nlhf_jax.alarms import AlarmSettings
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.data.tensorflow_setup import import_seqio
+from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import JOBS, rehearsal
 from nlhf_jax.preferences.raters import RaterPopulation
 
 SETTINGS = (
     settings.T5Settings,
+    DecoderOnlySettings,
     settings.DataSettings,
     settings.OptimizerSettings,
     settings.SamplingSettings,
     settings.LoopSettings,
     settings.MemorySettings,
     settings.MeshSettings,
+    AlarmSettings,
     RaterPopulation,
 )
 REPOSITORY = gin_files.REPOSITORY
@@ -41,6 +45,8 @@ _known: dict[str, Callable[..., Any]] = {}
 _bound: dict[str, Callable[..., Any]] = {}
 # Jobs and their arguments, in the order they would run; None outside of a rehearsal.
 _rehearsed: list[tuple[str, dict[str, Any]]] | None = None
+# (job, arguments) -> whether it is called; None calls all.
+_is_wanted: Callable[[str, Mapping[str, Any]], bool] | None = None
 
 
 def register() -> None:
@@ -149,7 +155,9 @@ def _that_can_be_rehearsed(job: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(job)
     def call(**arguments: Any) -> Any:
         if _rehearsed is None:
-            return job(**arguments)
+            if _is_wanted is None or _is_wanted(job.__name__, arguments):
+                return job(**arguments)
+            return None
         _rehearsed.append((job.__name__, arguments))
         return None
 
@@ -193,6 +201,17 @@ def _functions_in(value: Any) -> list[Callable[[], Any]]:
         return [one for inner in value.values() for one in _functions_in(inner)]
     # What is not ours would run.
     return [value] if getattr(value, "can_be_rehearsed", False) else []
+
+
+@contextlib.contextmanager
+def only(is_wanted: Callable[[str, Mapping[str, Any]], bool]) -> Iterator[None]:
+    """While it is open, jobs do nothing but those for which `is_wanted` is true."""
+    global _is_wanted
+    _is_wanted = is_wanted
+    try:
+        yield
+    finally:
+        _is_wanted = None
 
 
 @contextlib.contextmanager

@@ -3,32 +3,49 @@
 
 import contextlib
 import logging
-import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from nlhf_jax import distributed, profiling, speed
+from nlhf_jax import (
+    distributed,
+    divergence,
+    guards,
+    profiling,
+    speed,
+    stopping,
+    watchdog,
+)
 from nlhf_jax.progress import RATES
 from nlhf_jax.settings import LoopSettings
 from nlhf_jax.types import TrainState
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _COUNT = "num_compilations"
 _log = logging.getLogger(__name__)
 
 
-class TrainingDiverged(RuntimeError):
-    """A loss is not finite; nothing was saved after it became so."""
+class Progressed(NamedTuple):
+    """What a checkpoint says of its run besides the state.
+
+    Attributes:
+      skipped_steps: how many were left out, since a number was not finite.
+      owes_evaluation: the evaluation of this very step was left out, since somebody
+        asked the run to stop; who continues begins with it.
+    """
+
+    skipped_steps: int = 0
+    owes_evaluation: bool = False
 
 
 @runtime_checkable
 class MetricSink(Protocol):
-    """Takes one line of metrics: `write(step, {name: number})`."""
+    """Takes one line of metrics: `write(step, {name: number})`.
+
+    `sync()`, where it has one, is called before a checkpoint: what was written must
+    then outlast the machine.
+    """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -45,60 +62,15 @@ class ProgressSink(Protocol):
 
 @runtime_checkable
 class StateSink(Protocol):
-    """Keeps states: `save(step, state, meta)`, and `wait()` until they are safe."""
+    """Keeps states: `save(step, state, meta)`, and `wait()` until they are safe.
+
+    `retry_is_due(step)`, where it has one, asks for a save besides those that are due,
+    since one has failed; with several processes it gives the same answer in all.
+    """
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None: ...
 
     def wait(self) -> None: ...
-
-
-class StopRequest:
-    """Whether somebody asked the run to stop."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns the first SIGTERM or SIGINT into a request; a second one acts at once.
-
-    Outside the main thread signals cannot be caught, and the request never comes.
-    """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    previous = {number: signal.getsignal(number) for number in _SIGNALS}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        del frame
-        request.signal = signal.Signals(number)
-        restore()
-
-    for number in _SIGNALS:
-        signal.signal(number, handle)
-    try:
-        yield request
-    finally:
-        restore()
-
-
-def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        watched = name.startswith("loss/") or name == "optimizer/gradient_norm"
-        if watched and not math.isfinite(value):
-            raise TrainingDiverged(
-                f"{name} is {value} at step {step}; the last checkpoint is older. "
-                "Lower the learning rate, or look at the data of this step."
-            )
 
 
 def _is_due(step: int, period: int, last: int) -> bool:
@@ -108,11 +80,13 @@ def _is_due(step: int, period: int, last: int) -> bool:
 class _Reporter:
     """Reads each step's metrics one step late, checks them, and passes them on."""
 
-    def __init__(self, settings, writer, progress, step_fn):
+    def __init__(self, settings, writer, progress, step_fn, tensors, skipped):
         self._settings = settings
         self._writer, self._progress = writer, progress
         self._step_fn = step_fn
-        self._pending: tuple[int, Mapping[str, Any], int | None] | None = None
+        self._tensors = tensors
+        self.skipped_steps = skipped
+        self._pending: tuple[int, Mapping[str, Any], int | None, Any] | None = None
         self._rates: dict[str, float] = {}
         self._programs = 1
         self.clock = speed.Clock()
@@ -132,18 +106,23 @@ class _Reporter:
         self.clock.cost = cost
         self.say(speed.announcement(cost))
 
-    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def push(self, step: int, metrics: Mapping[str, Any], batch: Any) -> None:
         """Reports the step before this one, and keeps this one for later."""
         self.flush()
-        self._pending = (step, metrics, getattr(self._step_fn, _COUNT, None))
+        self._pending = (step, metrics, getattr(self._step_fn, _COUNT, None), batch)
 
     def flush(self) -> None:
         """Waits for the step that is kept, if any, and reports it."""
         if self._pending is None:
             return
-        step, on_device, count = self._pending
+        step, on_device, count, batch = self._pending
         self._pending = None
-        metrics = {k: float(v) for k, v in jax.device_get(dict(on_device)).items()}
+        on_host = jax.device_get(dict(on_device))
+        sizes = on_host.pop(guards.LARGEST, ())
+        metrics = {name: float(value) for name, value in on_host.items()}
+        if guards.SKIPPED in metrics:
+            self.skipped_steps += int(metrics[guards.SKIPPED])
+            metrics[guards.SKIPPED] = float(self.skipped_steps)
         self.clock.step_done(metrics)
         if _is_due(step, self._settings.log_period, self._settings.train_steps):
             rates = self.clock.read()
@@ -151,7 +130,11 @@ class _Reporter:
             self._writer.write(step, metrics | rates | program)
             self._rates = {k: v for k, v in rates.items() if k in RATES}
         self._progress.update(step, metrics | self._rates)
-        _check_finite(step, metrics)
+        limit = self._settings.max_skipped_steps
+        tensors = divergence.named(self._tensors, sizes)
+        left_out = divergence.check(step, metrics, tensors, batch, limit)
+        if left_out:
+            self.say(left_out)
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
@@ -175,6 +158,12 @@ class _Reporter:
         return found | {"compile/count": float(count)}
 
 
+def watchdog_of(settings: LoopSettings) -> watchdog.Watchdog:
+    """Returns a watchdog for a part of the run, which tells the other processes."""
+    seconds = watchdog.limit(settings.hang_seconds)
+    return watchdog.Watchdog(seconds, distributed.my_name(), distributed.tell_hang)
+
+
 def train_loop(
     step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict]],
     state: TrainState,
@@ -188,7 +177,9 @@ def train_loop(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     meta: Mapping[str, Any] | None = None,
     start_step: int | None = None,
+    progressed: Progressed = Progressed(),  # noqa: B008 a tuple, so it can be shared
     should_stop: Callable[[bool, int], bool] = lambda is_asked, done: is_asked,
+    request: stopping.Request | None = None,
     profile_folder: str | os.PathLike = "",
 ) -> TrainState:
     """Returns the state after `settings.train_steps` updates, or where it was stopped.
@@ -200,8 +191,10 @@ def train_loop(
     aside, depends on seed and step alone.
 
     SIGTERM or Ctrl-C ends the loop after the step under way with a checkpoint of it,
-    without an evaluation, since the time left may be short; the caller sees
-    `state.step < train_steps`. A second one ends the process.
+    without an evaluation, since the time left may be short; who continues begins with
+    it. The caller sees `state.step < train_steps`. A second one ends the process. What
+    takes longer than `settings.hang_seconds` ends it too, with every thread's stack and
+    exit code 42.
 
     Args:
       step_fn: (state, batch, key) -> (state, metrics), compiled; it may donate the
@@ -213,44 +206,75 @@ def train_loop(
       checkpointer, writer, progress: see the protocols above.
       key: the same in every step; the step function folds `state.step` into it.
       evaluate: state -> metrics; it must not donate the state.
-      meta: facts stored in every checkpoint.
+      meta: facts stored in every checkpoint, beside those of `Progressed` and the
+        evaluation of its step.
       start_step: updates already done, `state.step` if None; with `train_steps` of
         them or more the loop returns at once.
+      progressed: what the checkpoint said that the state comes from.
       should_stop: (whether this process was asked, steps done) -> whether to stop
         now; with several processes it gives the same answer in all.
+      request: listens to signals from the start of the loop on, and is closed by the
+        caller; None: the loop's own, which ends with it.
       profile_folder: for the trace of `settings.profile_steps`, if any.
 
     Raises:
-      TrainingDiverged: a loss or gradient norm is not finite.
-      CheckpointError: a checkpoint cannot be written.
+      TrainingDiverged: a loss, a gradient, a parameter or an optimiser's state is not
+        finite, and no more steps may be left out.
+      CheckpointError: the last checkpoint cannot be written.
     """
     last = settings.train_steps
     start_step = int(state.step) if start_step is None else start_step
     if start_step >= last:
         return state
-    reporter = _Reporter(settings, writer, progress, step_fn)
+    reporter = _Reporter(
+        settings,
+        writer,
+        progress,
+        step_fn,
+        guards.tensor_names(state),
+        progressed.skipped_steps,
+    )
     window = profiling.ProfileWindow(
         profile_folder, settings.profile_steps, reporter.say
     )
     window.check_start(start_step)
-    with stop_on_signal() as stop, _all_saved(checkpointer), window:
+    stop = stopping.Request() if request is None else request
+    own = contextlib.nullcontext() if request is not None else stop
+    retry_is_due = getattr(checkpointer, "retry_is_due", lambda done: False)
+    with watchdog_of(settings) as dog, own, _all_saved(checkpointer, dog), window:
+        stop.listen()
+        if progressed.owes_evaluation and evaluate is not None:
+            dog.now("evaluation", f"the evaluation after step {start_step}")
+            writer.write(start_step, evaluate(state))
         for step in range(start_step, last):
             done = step + 1
             with window.around(done, reporter.idle):
+                dog.now("batch", f"making the batch of step {done}")
                 batch = batches(step)
                 if step == start_step:
+                    dog.pause()
                     reporter.compile(state, batch, key)
+                dog.now("step", f"step {done}, or waiting for the one before it")
                 state, metrics = step_fn(state, batch, key)
-                reporter.push(done, metrics)
+                reporter.push(done, metrics, batch)
             asked_to_stop = should_stop(bool(stop), done)
-            # A run that is complete is never evaluated again.
-            may_evaluate = evaluate is not None and (done == last or not asked_to_stop)
-            if may_evaluate and _is_due(done, settings.eval_period, last):
+            may_evaluate = evaluate is not None
+            is_evaluated = may_evaluate and _is_due(done, settings.eval_period, last)
+            # A run that is complete is never continued, and so never evaluated again.
+            is_owed = is_evaluated and asked_to_stop and done < last
+            facts = dict(meta or {})
+            if is_evaluated and not is_owed:
                 with reporter.idle():
-                    writer.write(done, evaluate(state))
-            if asked_to_stop or _is_due(done, settings.checkpoint_period, last):
+                    dog.now("evaluation", f"the evaluation after step {done}")
+                    facts["evaluation"] = dict(evaluate(state))
+                    writer.write(done, facts["evaluation"])
+            is_due = asked_to_stop or _is_due(done, settings.checkpoint_period, last)
+            if is_due or retry_is_due(done):
                 with reporter.idle():
-                    checkpointer.save(done, state, meta or {})
+                    dog.now("save", f"saving the checkpoint of step {done}")
+                    getattr(writer, "sync", bool)()
+                    facts |= Progressed(reporter.skipped_steps, is_owed)._asdict()
+                    checkpointer.save(done, state, facts)
             if asked_to_stop:
                 asked_by = stop.signal.name if stop else "another process"
                 _log.warning("%s: stopped after step %d", asked_by, done)
@@ -259,14 +283,17 @@ def train_loop(
 
 
 @contextlib.contextmanager
-def _all_saved(checkpointer: StateSink) -> Iterator[None]:
+def _all_saved(checkpointer: StateSink, dog: watchdog.Watchdog) -> Iterator[None]:
     """Waits for the checkpoints at the end, also when the loop failed."""
+    waiting = "wait", "waiting until the last checkpoint is written"
     try:
         yield
     except BaseException as error:
+        dog.now(*waiting)
         # The loop's own error is the one to show; who is gone is not waited for.
         if not distributed.is_peer_loss(error):
             with contextlib.suppress(RuntimeError):
                 checkpointer.wait()
         raise
+    dog.now(*waiting)
     checkpointer.wait()

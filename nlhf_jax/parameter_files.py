@@ -14,15 +14,11 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import PyTree
 
-from nlhf_jax.checks import UserError, check_choice
+from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.types import Params
 
 PARAMS_FILE = "params.safetensors"
 _HEADER = "nlhf_jax"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is damaged."""
 
 
 def names_of(tree: PyTree) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 """Who is there, before JAX's own runtime starts, which aborts where one is missing.
 
 Process 0 listens on the coordinator's port; the others say who they are. When all are
-there and agree, everyone is told so and the port is let go for the runtime. Else
-everyone is told the same sentence.
+there and agree, everyone is told so and the port is let go for the runtime; the lines
+over which they came stay, for `peers.Watch`. Else everyone is told the same sentence.
 """
 
 import contextlib
+import dataclasses
 import json
 import socket
 import time
@@ -19,13 +20,25 @@ from nlhf_jax.discovery import Processes
 _WORD = "nlhf roll call"
 _MEMBER = {"word", "process_id", "num_processes", "host", "facts"}
 _PAUSE = 0.1  # seconds between two attempts to reach process 0
-_READ = 1.5  # seconds for one line of somebody who has connected
+_READ = 1.0  # seconds for one line of somebody who has connected
 
 
-def call(
-    processes: Processes, facts: Mapping[str, str], seconds: float | int
-) -> dict[int, str]:
-    """Waits for all processes and returns the host name of each.
+@dataclasses.dataclass(frozen=True)
+class Roll:
+    """Who is there.
+
+    Attributes:
+      hosts: the host name of each process, by number.
+      lines: open connections by number: in process 0 one to each other process, in the
+        others one to process 0.
+    """
+
+    hosts: dict[int, str]
+    lines: dict[int, socket.socket]
+
+
+def call(processes: Processes, facts: Mapping[str, str], seconds: float | int) -> Roll:
+    """Waits for all processes and returns who and where they are.
 
     Args:
       processes: all of them, and which one this is.
@@ -71,27 +84,30 @@ def _listen(processes: Processes) -> socket.socket:
     return server
 
 
-def _gather(processes, own, deadline, seconds) -> dict[int, str]:
+def _gather(processes, own, deadline, seconds) -> Roll:
     """Process 0's part."""
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(processes))
         members: dict[int, dict[str, Any]] = {0: own}
-        lines: list[socket.socket] = []
-        try:
-            while len(members) < processes.num_processes:
-                line, said = _next_member(server, deadline)
-                if line is None:
-                    raise UserError(_who_is_missing(processes, members, seconds))
-                stack.enter_context(line)
-                lines.append(line)
-                _check_member(processes, members, said)
-                members[said["process_id"]] = said
-        except UserError as error:
-            _tell(lines, {"error": str(error)})
-            raise
-        hosts = {str(number): said["host"] for number, said in members.items()}
-        _tell(lines, {"hosts": hosts})
-    return {int(number): host for number, host in sorted(hosts.items())}
+        lines: dict[int, socket.socket] = {}
+        callers: list[socket.socket] = []
+        with _listen(processes) as server:
+            try:
+                while len(members) < processes.num_processes:
+                    line, said = _next_member(server, deadline)
+                    if line is None:
+                        raise UserError(_who_is_missing(processes, members, seconds))
+                    callers.append(stack.enter_context(line))
+                    _check_member(processes, members, said)
+                    number = said["process_id"]
+                    members[number], lines[number] = said, line
+            except UserError as error:
+                _tell(callers, {"error": str(error)})
+                _let_hang_up(callers)
+                raise
+        hosts = {str(number): members[number]["host"] for number in sorted(members)}
+        _tell(callers, {"hosts": hosts})
+        stack.pop_all()  # the lines stay open
+    return Roll({int(number): host for number, host in hosts.items()}, lines)
 
 
 def _next_member(server, deadline) -> tuple[socket.socket | None, dict]:
@@ -142,32 +158,43 @@ def _check_member(processes, members, said) -> None:
 
 
 def _tell(lines: list[socket.socket], answer: dict) -> None:
-    """Tells everyone, and lets them hang up first so that the port is free at once."""
     for line in lines:
         with contextlib.suppress(OSError):
             line.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _let_hang_up(lines: list[socket.socket]) -> None:
+    """Waits until the others have closed their ends, so that the port is free."""
     for line in lines:
         with contextlib.suppress(OSError):
             line.settimeout(_READ)
             line.recv(1)
 
 
-def _report(processes, own, deadline, seconds) -> dict[int, str]:
+def _report(processes, own, deadline, seconds) -> Roll:
     """The part of every other process."""
     for line in _attempts(processes, deadline):
-        with line, contextlib.suppress(OSError):
-            line.sendall(json.dumps(own).encode() + b"\n")
-            answer = _read(line, max(deadline - time.monotonic(), 0) + _READ)
-            if "hosts" in answer:
-                return {int(n): host for n, host in answer["hosts"].items()}
-            if "error" in answer:
-                raise UserError(answer["error"])
+        answer = _introduce(line, own, deadline)
+        if "hosts" in answer:
+            hosts = {int(n): host for n, host in answer["hosts"].items()}
+            return Roll(hosts, {0: line})
+        line.close()
+        if "error" in answer:
+            raise UserError(answer["error"])
         time.sleep(_PAUSE)
     raise UserError(
         f"process {processes.process_id} on {own['host']} found no process 0 at "
         f"{processes.coordinator} within {seconds:g} s; is it running, and is the port "
         "reachable and not another program's?"
     )
+
+
+def _introduce(line: socket.socket, own: dict, deadline: float) -> dict[str, Any]:
+    try:
+        line.sendall(json.dumps(own).encode() + b"\n")
+    except OSError:
+        return {}
+    return _read(line, max(deadline - time.monotonic(), 0) + _READ)
 
 
 def _attempts(processes, deadline) -> Iterator[socket.socket]:

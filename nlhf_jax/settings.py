@@ -157,10 +157,24 @@ class LoopSettings:
       checkpoint_period: steps between checkpoints; the last step is always saved.
       eval_period: steps between evaluations; 0 evaluates at the end only.
       keep_checkpoints: newest checkpoints kept.
+      keep_every_steps: checkpoints of steps that it divides are kept for ever; 0 keeps
+        none for that.
+      keep_best: checkpoints kept for the best evaluation; 0 keeps none for that.
+      best_metric: the evaluation's metric they are chosen by, "eval/kl" for instance.
+      best_is: whether "higher" or "lower" values of it are better.
+      save_attempts: how often a save that fails is tried in all.
+      save_retry_seconds: from a failed save to the next attempt.
       profile_steps: (first, last) of the steps that are traced into MODEL_DIR/profile,
         counted from 1, both included; () traces none.
       peak_flops: FLOP/s of one chip at best, for compute/mfu; 0 takes the published
         figure of a chip that is known.
+      hang_seconds: the longest that a batch, a step, a save or an evaluation may take
+        before the process counts as hanging, shows its stacks and ends with 42; four
+        times as much for the first of each, which compiles. 0 waits for ever; the
+        variable NLHF_HANG_SECONDS counts more.
+      max_skipped_steps: how many steps of a run may have a number that is not finite
+        and be left out; one more ends the run. 0 ends it at the first. More than 0
+        takes the memory of a second train state.
     """
 
     train_steps: int
@@ -170,8 +184,16 @@ class LoopSettings:
     checkpoint_period: int = 1000
     eval_period: int = 0
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    keep_best: int = 0
+    best_metric: str = ""
+    best_is: str = "higher"
+    save_attempts: int = 3
+    save_retry_seconds: float = 10.0
     profile_steps: tuple[int, ...] = ()
     peak_flops: float = 0.0
+    hang_seconds: float = 1800.0
+    max_skipped_steps: int = 0
 
     def __post_init__(self):
         for name in (
@@ -181,15 +203,39 @@ class LoopSettings:
             "log_period",
             "checkpoint_period",
             "keep_checkpoints",
+            "save_attempts",
         ):
             check_integer(name, getattr(self, name), 1)
-        check_integer("eval_period", self.eval_period)
+        for name in (
+            "eval_period",
+            "keep_every_steps",
+            "keep_best",
+            "max_skipped_steps",
+        ):
+            check_integer(name, getattr(self, name))
+        check_choice("best_is", self.best_is, ("higher", "lower"))
+        check_range("save_retry_seconds", self.save_retry_seconds, 0.0, high_open=True)
+        self._check_what_is_kept()
         check_range("peak_flops", self.peak_flops, 0.0, high_open=True)
+        check_range("hang_seconds", self.hang_seconds, 0.0, high_open=True)
         self._check_profile_steps()
         if self.batch_size % self.num_microbatches:
             raise UserError(
                 f"num_microbatches must divide batch_size {self.batch_size}, "
                 f"got {self.num_microbatches}"
+            )
+
+    def _check_what_is_kept(self):
+        period = self.checkpoint_period
+        if self.keep_every_steps % period and period <= self.train_steps:
+            raise UserError(
+                f"keep_every_steps must be a multiple of checkpoint_period {period}, "
+                f"got {self.keep_every_steps}"
+            )
+        if self.keep_best and not (self.best_metric and self.eval_period):
+            raise UserError(
+                f"keep_best {self.keep_best} needs best_metric and eval_period, got "
+                f"{self.best_metric!r} and {self.eval_period}"
             )
 
     def _check_profile_steps(self):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from nlhf_jax import guards
 from nlhf_jax.optimizers import accumulate_gradients
 from nlhf_jax.types import (
     POLICY,
@@ -154,6 +155,7 @@ def _make_step(
     num_microbatches: int,
     learning_rate: Schedule | None,
     weight_name: str,
+    skip_not_finite: bool,
 ) -> StepFn:
     def step_fn(
         state: TrainState, batch: PyTree, key: jax.Array
@@ -177,7 +179,13 @@ def _make_step(
         metrics["optimizer/gradient_norm"] = optax.tree.norm(gradient)
         if learning_rate is not None:
             metrics["optimizer/learning_rate"] = jnp.asarray(learning_rate(state.step))
-        return TrainState(state.step + 1, param_sets, {POLICY: opt_state}), metrics
+        return guards.finish(
+            state,
+            TrainState(state.step + 1, param_sets, {POLICY: opt_state}),
+            metrics,
+            {POLICY: guards.largest(gradient)},
+            skip=skip_not_finite,
+        )
 
     return step_fn
 
@@ -196,6 +204,7 @@ def make_sft_step(
     num_microbatches: int = 1,
     z_loss: float = 0.0,
     learning_rate: Schedule | None = None,
+    skip_not_finite: bool = False,
 ) -> StepFn:
     """Returns one update of supervised fine-tuning on a `SupervisedBatch`.
 
@@ -209,12 +218,15 @@ def make_sft_step(
       num_microbatches: parts of the batch done one after the other; divides its rows.
       z_loss: weight that keeps the log normaliser near zero; T5X trains with 1e-4.
       learning_rate: the optimiser's schedule, for the metrics only.
+      skip_not_finite: a step with a number that is not finite leaves the state as it
+        was, except for its count of steps: see `guards.finish`.
 
     Returns:
       (state, batch, key) -> (state, metrics); dropout draws from
       `fold_in(key, state.step)`, so the same key serves every step. Metrics:
       loss/token_nll (nats), token/accuracy, token/count, optimizer/gradient_norm
-      (before clipping), optimizer/learning_rate and, with a z_loss, loss/z_loss.
+      (before clipping), optimizer/learning_rate and, with a z_loss, loss/z_loss; and
+      the measure of every tensor, `guards.LARGEST`.
     """
     return _make_step(
         _sft_sums(model, z_loss),
@@ -222,6 +234,7 @@ def make_sft_step(
         num_microbatches,
         learning_rate,
         "token/count",
+        skip_not_finite,
     )
 
 
@@ -236,6 +249,7 @@ def make_preference_step(
     *,
     num_microbatches: int = 1,
     learning_rate: Schedule | None = None,
+    skip_not_finite: bool = False,
 ) -> StepFn:
     """Returns one update of a preference model on a `ComparisonBatch`.
 
@@ -255,6 +269,7 @@ def make_preference_step(
         num_microbatches,
         learning_rate,
         "preference/count",
+        skip_not_finite,
     )
 
 
@@ -269,6 +284,7 @@ def make_reward_step(
     *,
     num_microbatches: int = 1,
     learning_rate: Schedule | None = None,
+    skip_not_finite: bool = False,
 ) -> StepFn:
     """Returns one update of a Bradley-Terry reward model on a `ComparisonBatch`.
 
@@ -288,6 +304,7 @@ def make_reward_step(
         num_microbatches,
         learning_rate,
         "reward/count",
+        skip_not_finite,
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from nlhf_jax import collapse, guards
 from nlhf_jax.decoding import sample
 from nlhf_jax.optimizers import split_microbatches
 from nlhf_jax.sequences import has_eos, masked_sum
@@ -32,7 +33,8 @@ from nlhf_jax.types import (
     TrainState,
 )
 
-Metrics = dict[str, Float[Array, ""]]
+# Scalars, and under `guards.LARGEST` a vector.
+Metrics = dict[str, Float[Array, "..."]]
 Examples = tuple[PromptBatch, tuple[Samples, ...], Feedback]
 TrainStepFn = Callable[
     [TrainState, ParamSets, PromptBatch, jax.Array], tuple[TrainState, Metrics]
@@ -217,7 +219,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Takes optimiser steps on judged responses; `step` and derived sets stay.
 
-    Every one of the `num_updates` sees the whole batch; the metrics are their means.
+    Every one of the `num_updates` sees the whole batch; the metrics are their means,
+    except that `guards.LARGEST` measures the largest of their gradients.
     """
 
     def one(learned, _):
@@ -232,10 +235,11 @@ def update(
         )
         updates, opt_state = optimizer.update(grads, opt_state, params)
         metrics["optimizer/gradient_norm"] = optax.tree.norm(grads)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        learned = optax.apply_updates(params, updates), opt_state
+        return learned, (metrics, guards.largest(grads))
 
     name = algorithm.trains
-    (params, opt_state), metrics = jax.lax.scan(
+    (params, opt_state), (metrics, sizes) = jax.lax.scan(
         one, (state.param_sets[name], state.opt_states[name]), length=num_updates
     )
     learned = TrainState(
@@ -243,7 +247,8 @@ def update(
         state.param_sets | {name: params},
         state.opt_states | {name: opt_state},
     )
-    return learned, jax.tree.map(lambda values: values.mean(axis=0), metrics)
+    metrics = jax.tree.map(lambda values: values.mean(axis=0), metrics)
+    return learned, metrics | {guards.LARGEST: sizes.max(axis=0)}
 
 
 def train_step(
@@ -259,6 +264,7 @@ def train_step(
     max_length: int,
     num_microbatches: int = 1,
     num_updates_per_rollout: int = 1,
+    skip_not_finite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Rollout, score and update as one pure function.
 
@@ -274,12 +280,16 @@ def train_step(
       max_length: longest response in tokens.
       num_microbatches: parts of the batch for the gradient.
       num_updates_per_rollout: optimiser steps on the same responses.
+      skip_not_finite: a step with a number that is not finite leaves the state as it
+        was, except for its count of steps: see `guards.finish`.
 
     Returns:
-      The state after the step, and scalar float32 metrics of this step.
+      The state after the step, and scalar float32 metrics of this step; among them
+      stands the measure of every tensor, `guards.LARGEST`.
     """
     key = jax.random.fold_in(key, state.step)
     keys = iter(jax.random.split(key, len(algorithm.parts)))
+    gradients, before = {}, state
 
     def learn(part: Algorithm, state: TrainState, constants: ParamSets):
         constants = dict(constants) | state.param_sets
@@ -292,16 +302,20 @@ def train_step(
             state.step,
             max_length=max_length,
         )
+        examples = judged(part, judge, frozen, prompts, drawn.samples)
         state, metrics = update(
             model,
             part,
             optimizer,
             state,
             constants,
-            judged(part, judge, frozen, prompts, drawn.samples),
+            examples,
             num_microbatches=num_microbatches,
             num_updates=num_updates_per_rollout,
         )
+        sizes = metrics.pop(guards.LARGEST)
+        gradients[part.trains] = guards.worst(gradients.get(part.trains, sizes), sizes)
+        metrics |= collapse.shares(drawn.samples, examples[-1])
         ended_B = has_eos(*drawn.samples[0].responses, model.eos_id)
         metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
         metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
@@ -318,7 +332,8 @@ def train_step(
         state, its_metrics = learn(part, state, constants)
         metrics = its_metrics | metrics  # what both measure is the policy's
     sets = algorithm.update_sets(state.param_sets, state.step + 1, metrics)
-    return TrainState(state.step + 1, dict(sets), state.opt_states), metrics
+    after = TrainState(state.step + 1, dict(sets), state.opt_states)
+    return guards.finish(before, after, metrics, gradients, skip=skip_not_finite)
 
 
 def make_train_step(
@@ -331,6 +346,7 @@ def make_train_step(
     num_microbatches: int = 1,
     num_updates_per_rollout: int = 1,
     learning_rate: Schedule | None = None,
+    skip_not_finite: bool = False,
 ) -> TrainStepFn:
     """Returns `train_step` with everything bound but state, weights, prompts and key.
 
@@ -346,6 +362,7 @@ def make_train_step(
         max_length=max_length,
         num_microbatches=num_microbatches,
         num_updates_per_rollout=num_updates_per_rollout,
+        skip_not_finite=skip_not_finite,
     )
     if learning_rate is None:
         return step

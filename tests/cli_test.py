@@ -12,7 +12,7 @@ import time
 import pytest
 
 from nlhf_jax import __version__, cli, gin_bindings
-from nlhf_jax.checks import UserError
+from nlhf_jax.checks import CheckpointError, UserError
 from nlhf_jax.jobs import JOBS, runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -239,6 +239,14 @@ def test_ctrl_c_ends_with_130(capsys, rigged):
 def test_a_users_mistake_inside_a_job_is_one_sentence(capsys, rigged):
     rigged(UserError("the corpus must not be empty"))
     assert mistake(capsys, "sft", *READY) == "nlhf: the corpus must not be empty\n"
+
+
+def test_a_checkpoint_that_could_not_be_written_is_one_sentence_and_code_74(
+    capsys, rigged
+):
+    sentence = "checkpoint 12 in x could not be written: No space left on device"
+    rigged(CheckpointError(sentence))
+    assert run(capsys, "sft", *READY) == (74, "", f"nlhf: {sentence}\n")
 
 
 def test_a_defect_keeps_its_traceback(rigged):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes of two devices each that meet, disagree and share arrays; JSON."""
 
+import datetime
 import faulthandler
 import json
 import pathlib
+import signal
 import sys
 import time
 
@@ -11,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlhf_jax import discovery, distributed, global_arrays, partitioning
+from nlhf_jax import discovery, distributed, global_arrays, partitioning, stopping
 from nlhf_jax.checkpoints import Checkpointer
 from nlhf_jax.checks import UserError
 from nlhf_jax.settings import MeshSettings
 from nlhf_jax.types import POLICY, TrainState
 
 ROWS = 8
+FIRST_STEP = 100  # more than any step before; JAX's service counts on
 
 
 def error_of(fn, *arguments):
@@ -68,12 +71,32 @@ def meet(number):
 
 def stop_at(number, *, asked):
     """Returns the step at which this process stops, when `asked` says who is asked."""
-    stop = distributed.Stop()
+    stop = stopping.Stop()
     for done in range(1, 20):
         # As in training: who has done a step has seen all others do the one before.
         distributed.barrier("step")
         if stop((number, done) in asked, done):
             return done
+    # Who is asked after the last step has no step left to stop at.
+    return f"settled: {stop.settle((number, 20) in asked, 19)}"
+
+
+def preempted(number):
+    """Returns where this process stops when JAX's service has heard of a preemption.
+
+    Whoever hears of one puts it under this key, and every process looks there.
+    """
+    stop = stopping.Stop()
+    stop(False, FIRST_STEP)
+    if number == 1:
+        client = distributed._job.client
+        in_a_moment = datetime.datetime.now(datetime.UTC).isoformat()
+        client.key_value_set("RECEIVED_PREEMPTION_NOTICE", in_a_moment)
+    for done in range(FIRST_STEP + 1, FIRST_STEP + 1000):
+        distributed.barrier("step")
+        if stop(False, done):
+            return [done > FIRST_STEP, done, stop.settle(False, done)]
+        time.sleep(0.01)
     return None
 
 
@@ -151,6 +174,13 @@ def damage(step_folder):
         file.write_bytes(b"")
 
 
+def is_caught(number):
+    """Whether anything, in C too, handles a signal of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (mask,) = [line for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask.split()[1], 16) & 1 << (number - 1))
+
+
 def main(folder, num_processes, number, port):
     """Writes what this process found."""
     faulthandler.dump_traceback_later(150, exit=True)
@@ -160,6 +190,7 @@ def main(folder, num_processes, number, port):
     )
     distributed.start(processes, {"test": "mechanics"})
     found = {
+        "sigterm is caught": is_caught(signal.SIGTERM),
         "first": distributed.is_first(),
         "count": distributed.num_processes(),
         "devices": [jax.device_count(), jax.local_device_count()],
@@ -169,6 +200,9 @@ def main(folder, num_processes, number, port):
             "both": stop_at(number, asked={(0, 5), (1, 5)}),
             "later": stop_at(number, asked={(0, 6), (1, 7)}),
             "nobody": stop_at(number, asked=()),
+            "at the last step": stop_at(number, asked={(1, 19)}),
+            "after the last step": stop_at(number, asked={(1, 20)}),
+            "by JAX": preempted(number),
         },
         "rows": {
             "4 x 1 x 1": rows(MeshSettings()),

@@ -19,9 +19,13 @@ PACKAGE = ROOT / "nlhf_jax"
 LAYERS = (
     (0, {"types": (), "checks": ()}),
     (1, {"sequences": (), "settings": (), "global_arrays": ()}),
+    (1, {"decoder_settings": ()}),
     (1, {"discovery": ()}),
     (1, {"roll_call": ()}),
+    (1, {"peers": ()}),
+    (1, {"runtime": (), "watchdog": ()}),
     (1, {"distributed": ()}),
+    (1, {"stopping": ()}),
     (
         2,
         {
@@ -49,9 +53,9 @@ LAYERS = (
             ),
         },
     ),
-    (3, {"preferences": ("flax", "httpx"), "scale": ()}),
+    (3, {"preferences": ("flax", "httpx"), "scale": (), "conversion": ()}),
     (3, {"flops": ()}),
-    (4, {"algorithms": ()}),
+    (4, {"algorithms": (), "collapse": (), "guards": ()}),
     (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),
     (
         6,
@@ -61,8 +65,14 @@ LAYERS = (
             "evaluation": ("jinja2", "matplotlib", "optax", "rouge_score"),
         },
     ),
-    (6, {"checksums": (), "metrics": ()}),
-    (6, {"checkpoints": ("etils", "orbax"), "progress": ("rich",)}),
+    (6, {"checksums": (), "metric_table": (), "divergence": ()}),
+    (6, {"metrics": ()}),
+    (6, {"alarms": ()}),
+    (6, {"manifests": ("xxhash",), "progress": ("rich",)}),
+    (6, {"retention": ()}),
+    (6, {"stored_states": ("etils", "orbax")}),
+    (6, {"saving": ("orbax",)}),
+    (6, {"checkpoints": ()}),
     (6, {"profiling": (), "speed": ()}),
     (7, {"loop": ()}),
     (8, {"jobs": ("etils", "rich")}),
@@ -70,7 +80,7 @@ LAYERS = (
     (9, {"gin_lint": ()}),
     (9, {"gin_bindings": ("gin",)}),
     (9, {"cli": ("absl",)}),
-    (9, {"compile_command": ()}),
+    (9, {"compile_command": (), "replay_command": ()}),
     (9, {"__main__": ()}),
 )
 EVERYWHERE = ("jax", "numpy", "jaxtyping")
@@ -181,7 +191,7 @@ def test_frameworks_live_in_few_rooms(framework):
     rooms = [room for room, names in THIRD_PARTY.items() if framework in names]
     where = {
         "gin": ["gin_bindings"],
-        "orbax": ["checkpoints"],
+        "orbax": ["stored_states", "saving"],
         "flax": ["models", "preferences"],
     }
     assert rooms == where.get(framework, ["data"])

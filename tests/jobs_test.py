@@ -156,10 +156,10 @@ def test_a_signal_saves_the_run_and_the_same_command_ends_it_bit_for_bit(work, s
     assert "Traceback" not in err
     stopped_at = int(line.split("at step ")[1].split(",")[0])
     assert 3 <= stopped_at < STEPS
-    before = (work / "stopped" / "metrics.jsonl").read_text()
+    before = (work / "stopped" / "timing.jsonl").read_text()
     assert cli.main(words) == 0
-    # Rows hold times, so a run that began anew would have written others.
-    assert (work / "stopped" / "metrics.jsonl").read_text().startswith(before)
+    # A run that began anew would have written other times.
+    assert (work / "stopped" / "timing.jsonl").read_text().startswith(before)
     steps = [
         row["step"]
         for row in read_lines(work / "stopped" / "metrics.jsonl")

@@ -288,6 +288,12 @@ def test_a_long_attempt_sets_the_pause_back_and_not_the_count():
     assert budget.spend(retries.FAILURE) is None
 
 
+def test_how_long_is_long_can_be_said():
+    budget = retries.RetryBudget(4, 0, 10.0, _Middle(), stable_seconds=5.0)
+    pauses = [budget.spend(retries.FAILURE, lasted) for lasted in (1, 4.9, 5, 1)]
+    assert pauses == [10, 20, 10, 20]
+
+
 def test_jitter_stays_in_its_bounds():
     for seed in range(20):
         pause = retries.RetryBudget(1, 0, 10.0, random.Random(seed)).spend("failure")

@@ -86,6 +86,7 @@ def options(folder: pathlib.Path, **changed) -> SimpleNamespace:
         "start_seconds": 20.0,
         "finish_seconds": 20.0,
         "pause_seconds": 0.01,
+        "stable_seconds": 600.0,
         "grace_seconds": 10.0,
         "max_failures": 2,
         "max_preemptions": 2,

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from nlhf_jax import metrics, progress
+from nlhf_jax import metric_table, metrics, progress
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -42,7 +42,7 @@ def _names_in_source():
     """Returns the string literals outside the table that read like metric names."""
     package = pathlib.Path(metrics.__file__).parent
     for path in package.rglob("*.py"):
-        if path.name not in {"metrics.py", "plots.py"}:
+        if path.name not in {"metric_table.py", "plots.py"}:
             for node in ast.walk(ast.parse(path.read_text())):
                 value = getattr(node, "value", None)
                 if isinstance(value, str) and re.fullmatch(r"[a-z]+/[a-z0-9_]+", value):
@@ -54,7 +54,7 @@ def test_the_table_has_what_the_code_emits_and_nothing_else():
     emitted = {name for name in _names_in_source() if name.split("/")[0] in areas}
     assert emitted <= set(metrics.METRICS)
     # Evaluations of supervised steps derive their names from the step's.
-    derived = set(metrics._evaluated(metrics._SUPERVISED))
+    derived = set(metric_table._evaluated(metric_table._SUPERVISED))
     assert set(metrics.METRICS) - emitted <= derived
 
 
@@ -71,8 +71,41 @@ def test_one_line_per_step(tmp_path):
     writer.close()
     assert _lines(tmp_path) == [
         {"step": 1, "loss/token_nll": 2.5},
-        {"step": 2, "loss/token_nll": 1.5, "compile/count": 1.0},
+        {"step": 2, "loss/token_nll": 1.5},
     ]
+    timing = (tmp_path / "timing.jsonl").read_text()
+    assert json.loads(timing) == {"step": 2, "compile/count": 1.0}
+    assert list(metrics.read_metrics(tmp_path)) == ["loss/token_nll", "compile/count"]
+
+
+def test_what_a_clock_says_stands_in_a_file_of_its_own(tmp_path):
+    """Two runs that compute the same write the same bytes, whatever the clock."""
+    for name, seconds in (("one", 0.5), ("other", 0.7)):
+        writer = metrics.MetricWriter(tmp_path / name)
+        for row in sorted(metrics.OF_THE_PROCESS):
+            writer.write(1, {"loss/token_nll": 2.5, row: seconds})
+        writer.write(2, {"time/seconds_per_step": seconds})
+        writer.sync()
+        writer.close()
+    one, other = (
+        (tmp_path / n / "metrics.jsonl").read_bytes() for n in ("one", "other")
+    )
+    assert one == other and one.count(b"\n") == len(metrics.OF_THE_PROCESS)
+
+
+def test_a_line_that_is_there_is_not_written_again_after_a_resume(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(3, {"loss/token_nll": 2.5})
+    writer.write(3, {"eval/kl": 0.5})
+    writer.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    resumed = metrics.MetricWriter(tmp_path, 3)
+    resumed.write(3, {"eval/kl": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    resumed.write(3, {"eval/length": 2.0})  # of which the file says nothing yet
+    resumed.write(4, {"eval/kl": 0.5})
+    resumed.close()
+    assert [line["step"] for line in _lines(tmp_path)] == [3, 3, 3, 4]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

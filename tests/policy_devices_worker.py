@@ -105,7 +105,7 @@ def train(settings, devices, *, num_microbatches=1):
     history = []
     for step in range(STEPS):
         state, metrics = compiled(state, frozen, prompts(step), key)
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append({k: float(v) for k, v in metrics.items() if v.ndim == 0})
     return {
         "metrics": history,
         "start": flat(params),
@@ -142,7 +142,7 @@ def fit_preference(settings, devices, *, num_microbatches=1):
         lead_B = first.tokens_BT.sum(axis=1) > second.tokens_BT.sum(axis=1)
         batch = ComparisonBatch(prompts(step), first, second, lead_B.astype(np.float32))
         state, metrics = compiled(state, batch, jax.random.key(0))
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append({k: float(v) for k, v in metrics.items() if v.ndim == 0})
     return {
         "metrics": history,
         "start": flat(params),

@@ -4,16 +4,13 @@
 import json
 import pathlib
 import shutil
-import signal
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from nlhf_jax import checkpoints, distributed, metrics
+from nlhf_jax import checkpoints, metrics
 from nlhf_jax.data import batches
-from nlhf_jax.jobs import folders
 from tests import process_toys
 from tests.jobs_test import RUN, TINY, WORDS, read_lines, write_lines
 
@@ -261,80 +258,3 @@ def test_a_checkpoint_of_four_processes_goes_on_in_fewer(work, sft, number):
     assert f"sft: continuing from step 4 in {work / name}" in line
     rows = [row["step"] for row in read_lines(work / name / "metrics.jsonl")]
     assert sorted(set(rows)) == [0, 1, 2, 3, 4, 5, 6]
-
-
-# ------------------------------------------------------------------------- signals
-
-
-def wait_for_step(folder, step, gang):
-    deadline = time.monotonic() + 120
-    file = folder / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if file.is_file() and any(row["step"] >= step for row in read_lines(file)):
-            return
-        codes = [process.poll() for process in gang.processes]
-        assert codes == [None] * len(codes), "\n".join(gang.logs())
-        time.sleep(0.02)
-    raise AssertionError("\n".join(gang.logs()))
-
-
-@battery
-@slow
-def test_a_signal_to_one_process_saves_once_and_the_same_command_goes_on(work):
-    name, steps, told = "stopped", 120, 1
-    more = ("--gin.LoopSettings.checkpoint_period=1000",)
-    words = ["-m", "nlhf_jax", *words_for(work, "sft", name, steps, *more)]
-    port = process_toys.free_port()
-    with process_toys.gang(work / "logs" / name) as gang:
-        for number in range(2):
-            gang.start([*words, *process_toys.flags(2, number, port)])
-        wait_for_step(work / name, 3, gang)
-        gang.processes[told].send_signal(signal.SIGTERM)
-        assert gang.wait(120) == [143, 143], "\n".join(gang.logs())
-    said = [
-        line
-        for log in gang.logs()
-        for line in log.splitlines()
-        if line.startswith("nlhf: ") and " stopped " in line
-    ]
-    assert len(said) == 2
-    (stopped_at,) = {int(line.split("at step ")[1].split(",")[0]) for line in said}
-    saved = [path.name for path in (work / name / "checkpoints").iterdir()]
-    assert saved == [str(stopped_at)]
-    assert 3 < stopped_at < steps
-    process_toys.run_together(
-        work / "logs" / f"{name}_again", 2, words, devices=1, seconds=SECONDS
-    )
-    rows = [
-        row["step"]
-        for row in read_lines(work / name / "metrics.jsonl")
-        if "loss/token_nll" in row
-    ]
-    assert rows == list(range(1, steps + 1))
-    assert folders.kind_of(work / name) == "language_model"
-
-
-@battery
-@slow
-def test_a_killed_process_ends_the_other_at_once_and_the_run_resumes(work):
-    name, steps = "killed", 4000
-    more = ("--gin.LoopSettings.checkpoint_period=5",)
-    words = ["-m", "nlhf_jax", *words_for(work, "sft", name, steps, *more)]
-    port = process_toys.free_port()
-    with process_toys.gang(work / "logs" / name) as gang:
-        for number in range(2):
-            gang.start([*words, *process_toys.flags(2, number, port)])
-        wait_for_step(work / name, 12, gang)
-        gang.processes[1].kill()
-        # The runtime's own limit is the heartbeat's 100 seconds.
-        codes = gang.wait(60)
-    assert codes == [distributed.RESTART_EXIT, -signal.SIGKILL], "\n".join(gang.logs())
-    assert "another process of this job is gone" in gang.logs()[0]
-    saved = [p.name for p in (work / name / "checkpoints").iterdir()]
-    newest = max(int(step) for step in saved if step.isdecimal())
-    assert newest >= 5
-    words[words.index(f"--gin.TRAIN_STEPS={steps}")] = f"--gin.TRAIN_STEPS={newest + 2}"
-    logs = process_toys.run_together(
-        work / "logs" / f"{name}_again", 2, words, devices=1, seconds=SECONDS
-    )
-    assert f"continuing from step {newest} in" in logs[0]

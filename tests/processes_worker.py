@@ -44,11 +44,11 @@ def main(path, words):
     runs._FrozenStep.__call__ = counted
     leave = distributed.leave
 
-    def write_and_leave(code):
+    def write_and_leave(code, reason=""):
         number = distributed._job.processes.process_id
         with open(f"{path}.{number}.json", "w") as file:
             json.dump({"taken": taken, "compilations": compilations}, file)
-        leave(code)
+        leave(code, reason)
 
     distributed.leave = write_and_leave
     return cli.main(words)

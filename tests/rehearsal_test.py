@@ -113,6 +113,14 @@ MISTAKES = {
 }
 
 
+def test_what_the_best_are_chosen_by_is_a_metric_of_an_evaluation(capsys, tmp_path):
+    flags = ["--gin.LoopSettings.keep_best=2", "--gin.LoopSettings.eval_period=50"]
+    flags.append("--gin.LoopSettings.best_metric='eval/kll'")
+    sentence = one_sentence(capsys, *words(tmp_path, *flags))
+    assert "best_metric must be one of eval/" in sentence
+    assert "got 'eval/kll' (did you mean 'eval/kl'?)" in sentence
+
+
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_wrong_value_is_found_before_a_job_starts(flag, capsys, tmp_path):
     for more in ((), ("--dry_run",)):

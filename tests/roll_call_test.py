@@ -25,9 +25,15 @@ def one(coordinator, num_processes, process_id, facts=FACTS, seconds=20.0):
     """Returns what one process is told: hosts by number, or the sentence."""
     processes = Processes(coordinator, num_processes, process_id, "a test")
     try:
-        return roll_call.call(processes, facts, seconds)
+        roll = roll_call.call(processes, facts, seconds)
     except UserError as error:
         return str(error)
+    others = set(range(num_processes)) - {0}
+    assert set(roll.lines) == (others if process_id == 0 else {0})
+    for line in roll.lines.values():
+        assert line.fileno() >= 0, "the lines stay open"
+        line.close()
+    return roll.hosts
 
 
 def all_of(*calls):

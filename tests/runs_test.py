@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +76,35 @@ def test_a_resumed_run_ends_as_the_unbroken_one_and_makes_no_first_state(tmp_pat
     start = runs.initial_state(toys.toy_language_model().init, "", 3, make)
     resumed = dataclasses.replace(start, init=never, load=never)
     assert_same(run(tmp_path / "broken", 5, initial_state=resumed), whole)
-    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    one, other = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")
+    )
+    assert one == other
+    lines = (tmp_path / "broken" / "timing.jsonl").read_text().splitlines()
     # The second step of each start included: nothing was compiled again.
-    assert {row["compile/count"] for row in rows if "compile/count" in row} == {1.0}
+    assert {json.loads(line)["compile/count"] for line in lines} == {1.0}
+
+
+@pytest.mark.parametrize("method", ["wait", "close"])
+def test_a_signal_while_the_last_checkpoint_is_awaited_counts(
+    tmp_path, monkeypatch, method
+):
+    before, awaited = signal.getsignal(signal.SIGTERM), []
+    wait = getattr(checkpoints.Checkpointer, method)
+
+    def signalled(checkpointer):
+        if not awaited:
+            signal.raise_signal(signal.SIGTERM)
+        awaited.append(method)
+        wait(checkpointer)
+
+    monkeypatch.setattr(checkpoints.Checkpointer, method, signalled)
+    with pytest.raises(runs.Stopped, match="step 3"):
+        run(tmp_path, 3)
+    assert awaited
+    assert signal.getsignal(signal.SIGTERM) is before
+    # All is done and saved: the same command returns at once.
+    assert int(run(tmp_path, 3).step) == 3
 
 
 def test_the_first_state_is_that_of_the_plain_functions(tmp_path):

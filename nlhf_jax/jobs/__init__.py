@@ -23,4 +23,5 @@ COMMANDS = {
     "games": "nlhf_jax.jobs.games:main",
     "compile": "nlhf_jax.compile_command:main",
     "doctor": "nlhf_jax.jobs.doctor:main",
+    "replay": "nlhf_jax.replay_command:main",
 }

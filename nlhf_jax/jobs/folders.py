@@ -22,6 +22,7 @@ from nlhf_jax.checks import (
     check_folder_name,
     check_integer,
 )
+from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.settings import T5Settings
 
 DESCRIPTION_FILE = "model.json"
@@ -29,6 +30,12 @@ VOCABULARY_FILE = "vocabulary.model"
 BYTE_VOCABULARY = "byte"
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("language_model", "preference", "reward")
+T5, DECODER_ONLY = "t5", "decoder_only"
+# Name -> its settings, and which of their fields JSON has a list for.
+FAMILIES = {
+    T5: (T5Settings, "mlp_activations"),
+    DECODER_ONLY: (DecoderOnlySettings, "attention_pattern"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +50,26 @@ class ModelDescription:
     """
 
     kind: str
-    settings: T5Settings
+    settings: ModelSettings
     feature_lengths: dict[str, int]
     vocabulary: str = VOCABULARY_FILE
 
     def to_json(self) -> str:
         """Returns the description as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        fields = dataclasses.asdict(self)
+        if isinstance(self.settings, DecoderOnlySettings):
+            fields["family"] = DECODER_ONLY  # a file without it is a T5's
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelDescription":
         """Reads what `to_json` wrote."""
         fields = json.loads(text)
+        family = check_choice("family", fields.pop("family", T5), FAMILIES)
+        settings_class, sequence = FAMILIES[family]
         settings = fields["settings"]
-        settings["mlp_activations"] = tuple(settings["mlp_activations"])
-        return cls(**fields | {"settings": T5Settings(**settings)})
+        settings[sequence] = tuple(settings[sequence])
+        return cls(**fields | {"settings": settings_class(**settings)})
 
 
 def describe(

@@ -12,10 +12,12 @@ from jaxtyping import Float
 
 from nlhf_jax import global_arrays
 from nlhf_jax.data import vocabularies
+from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.jobs import folders, policies
 from nlhf_jax.jobs.generation import batch_slices, take
+from nlhf_jax.models.families import end_of
 from nlhf_jax.preferences import inputs, judges, pairwise, reward
-from nlhf_jax.settings import MemorySettings, MeshSettings, T5Settings
+from nlhf_jax.settings import MemorySettings, MeshSettings
 from nlhf_jax.types import (
     Judge,
     Params,
@@ -26,19 +28,24 @@ from nlhf_jax.types import (
 )
 
 
+def _ends_as(settings: ModelSettings, template: Any) -> Any:
+    """Returns the template with the end token of the network that reads it."""
+    return dataclasses.replace(template, eos_id=end_of(settings))
+
+
 def preference_network(
-    settings: T5Settings, encode: inputs.Encode, **lengths_and_memory: Any
+    settings: ModelSettings, encode: inputs.Encode, **lengths_and_memory: Any
 ) -> PreferenceModel:
     """Returns the pairwise model of a shape; its template has the ids of `encode`."""
-    template = inputs.pairwise_template(encode)
+    template = _ends_as(settings, inputs.pairwise_template(encode))
     return pairwise.pairwise_preference_model(settings, template, **lengths_and_memory)
 
 
 def reward_network(
-    settings: T5Settings, encode: inputs.Encode, **lengths_and_memory: Any
+    settings: ModelSettings, encode: inputs.Encode, **lengths_and_memory: Any
 ) -> RewardModel:
     """Returns the scalar model of a shape; its template has the ids of `encode`."""
-    template = inputs.reward_template(encode)
+    template = _ends_as(settings, inputs.reward_template(encode))
     return reward.reward_model(settings, template, **lengths_and_memory)
 
 

@@ -9,7 +9,7 @@ import jax
 from nlhf_jax import checkpoints, partitioning
 from nlhf_jax.data import vocabularies
 from nlhf_jax.jobs import folders
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import MemorySettings, MeshSettings
 from nlhf_jax.types import LanguageModel, Params
 
@@ -81,6 +81,7 @@ def load_policy(
     vocabulary_path = folders.vocabulary_file(checkpoint)
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, description.settings.vocab_size)
-    network = t5_language_model(description.settings, memory)
+    check_end(description.settings, vocabulary.eos_id)
+    network = language_model(description.settings, memory)
     params = load_params(checkpoint, network, mesh)
     return Policy(description, network, params, vocabulary, vocabulary_path)

@@ -17,10 +17,11 @@ from jaxtyping import PyTree
 
 from nlhf_jax import partitioning, supervised_step
 from nlhf_jax.checks import UserError
+from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.jobs import folders, judges, policies, steps, supervised, train
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.models.families import language_model
 from nlhf_jax.preferences.judges import learned_judge
-from nlhf_jax.settings import LoopSettings, MemorySettings, MeshSettings, T5Settings
+from nlhf_jax.settings import LoopSettings, MemorySettings, MeshSettings
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,
@@ -69,7 +70,7 @@ class Program:
     loop: LoopSettings
     memory: MemorySettings
     mesh: MeshSettings
-    shapes: dict[str, T5Settings]
+    shapes: dict[str, ModelSettings]
     algorithm: Algorithm | None
     network: LanguageModel | None
     prompt_length: int
@@ -114,7 +115,7 @@ class Model:
       encode: text -> ids, for a judge's fixed words.
     """
 
-    settings: T5Settings
+    settings: ModelSettings
     prompt_length: int = 0
     response_length: int = 0
     encode: Callable[[str], list[int]] | None = None
@@ -132,13 +133,20 @@ class Share:
     rows: int = 1
     tensor: int = 1
 
-    def of(self, settings: T5Settings, memory: MemorySettings) -> T5Settings:
+    def of(self, settings: ModelSettings, memory: MemorySettings) -> ModelSettings:
         """Returns the part of a network; what does not divide is rounded up."""
         parts = self.tensor
         chunks = memory.num_vocab_chunks
+        heads = {"num_heads": -(-settings.num_heads // parts)}
+        if isinstance(settings, DecoderOnlySettings):
+            # Heads that share keys lie together; a key that is read by several devices
+            # is on each of them.
+            shared = -(-settings.num_kv_heads // parts)
+            each = -(-heads["num_heads"] // shared)
+            heads = {"num_heads": each * shared, "num_kv_heads": shared}
         return dataclasses.replace(
             settings,
-            num_heads=-(-settings.num_heads // parts),
+            **heads,
             mlp_dim=-(-settings.mlp_dim // parts),
             vocab_size=-(-settings.vocab_size // (parts * chunks)) * chunks,
         )
@@ -243,7 +251,7 @@ def _policy_program(
     reference = _described(
         said["reference_checkpoint"], "language_model", "reference_model", given
     )
-    network = t5_language_model(share.of(reference.settings, memory), memory)
+    network = language_model(share.of(reference.settings, memory), memory)
     length = said["max_decode_length"] or reference.response_length
     length = length or lengths["targets"]
     models = _models(said, given, algorithm)
@@ -321,7 +329,7 @@ def _supervised_program(
     responses = responses_of(loop.batch_size, lengths["targets"])
     model = _trained_model(said, given)
     if job == "sft":
-        network = t5_language_model(share.of(model.settings, memory), memory)
+        network = language_model(share.of(model.settings, memory), memory)
         batch = SupervisedBatch(prompts, responses)
     else:
         network = _judge_network(

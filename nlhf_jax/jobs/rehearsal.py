@@ -18,7 +18,7 @@ from nlhf_jax.checks import (
     check_range,
 )
 from nlhf_jax.data import tasks
-from nlhf_jax.jobs import folders, programs, train
+from nlhf_jax.jobs import folders, programs, saves, train
 from nlhf_jax.settings import LoopSettings, MeshSettings
 
 # These check their own seeds, and differently.
@@ -51,6 +51,7 @@ def check(job: str, arguments: Mapping[str, Any]) -> None:
     loop = arguments.get("loop")
     if isinstance(loop, LoopSettings):
         _check_periods(loop)
+        saves.check_best_metric(loop)
     if job == "train":
         train.check_counts(**_given(train.check_counts, arguments))
         train.check_sets(arguments["algorithm"], arguments.get("write_sets", ()))

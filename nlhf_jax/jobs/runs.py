@@ -3,11 +3,7 @@
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
-import json
 import pathlib
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,69 +21,37 @@ from nlhf_jax import (
     profiling,
     progress,
     speed,
+    stopping,
 )
-from nlhf_jax.checks import UserError, check_local_folder
-from nlhf_jax.jobs import folders, steps
+from nlhf_jax.alarms import AlarmSettings, WatchedWriter
+from nlhf_jax.checks import UserError
+from nlhf_jax.jobs import failures, saves, steps
+from nlhf_jax.jobs.first_states import InitialState, initial_state, required
+from nlhf_jax.jobs.run_records import (
+    REPORTED_PACKAGES,
+    open_folder,
+    operative_config,
+    set_source,
+    versions,
+)
 from nlhf_jax.settings import LoopSettings, MeshSettings
-from nlhf_jax.types import POLICY, Params, ParamSets, TrainState
+from nlhf_jax.types import POLICY, ParamSets, TrainState
 
-REPORTED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow")
-
-_config_source: Callable[[], str] = str
-
-
-def set_config_source(source: Callable[[], str]) -> None:
-    """Says where the text of the operative configuration comes from."""
-    global _config_source
-    _config_source = source
-
-
-def operative_config() -> str:
-    """Returns the operative configuration as text; empty outside the command line."""
-    return _config_source()
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in REPORTED_PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found
-
-
-def open_folder(model_dir: str) -> pathlib.Path:
-    """Makes the output folder and writes `config.gin` and `versions.json` into it.
-
-    Process 0 writes; all processes must see the folder, for they share checkpoints.
-
-    Raises:
-      UserError: the path is empty, is a file, cannot be written, or is not shared.
-    """
-    folder = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
-    distributed.first_does("folder", lambda: _describe_run(folder, model_dir))
-    distributed.all_do("shared folder", lambda: _check_seen(folder, model_dir))
-    return folder
-
-
-def _check_seen(folder: pathlib.Path, model_dir: str) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"MODEL_DIR {model_dir!r} must be a folder that all processes share; "
-            "process 0 made it, and another one does not see it"
-        )
-
-
-def _describe_run(folder: pathlib.Path, model_dir: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.gin").write_text(operative_config())
-        written = {"written": datetime.datetime.now(datetime.UTC).isoformat()}
-        text = json.dumps(versions() | written, indent=2) + "\n"
-        (folder / "versions.json").write_text(text)
-    except OSError as error:
-        raise UserError(
-            f"MODEL_DIR {model_dir!r} cannot be written: {error.strerror}"
-        ) from error
+__all__ = [
+    "REPORTED_PACKAGES",
+    "InitialState",
+    "Stopped",
+    "Training",
+    "changed_by",
+    "check_layout",
+    "initial_state",
+    "open_folder",
+    "operative_config",
+    "required",
+    "run",
+    "set_source",
+    "versions",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +68,7 @@ class Training:
       facts: metrics that don't change, written once at the start.
       logical_axes: of the policy's parameters.
       frozen_axes: of each frozen set's; a judge may have another shape.
+      alarms: when metrics give a warning; None gives none.
     """
 
     name: str
@@ -114,49 +79,30 @@ class Training:
     facts: dict[str, float | int]
     logical_axes: Any
     frozen_axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    alarms: AlarmSettings | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class InitialState:
-    """How a run's first state is made, each array where it will lie.
+Change = Callable[[Training, LoopSettings], tuple[Training, LoopSettings]]
 
-    Attributes:
-      params: shapes and dtypes of the parameters it starts from.
-      load: shardings -> parameters of a checkpoint; None makes fresh ones.
-      init: random key -> parameters.
-      make: parameters -> state; pure, and run inside a compiled program.
-      seed: of fresh parameters.
-    """
 
-    params: PyTree
-    load: Callable[[PyTree], Params] | None
-    init: Callable[[jax.Array], Params]
-    make: Callable[[Params], TrainState]
-    seed: int
+def _unchanged(
+    training: Training, settings: LoopSettings
+) -> tuple[Training, LoopSettings]:
+    return training, settings
 
-    @property
-    def shapes(self) -> TrainState:
-        """The state's shapes and dtypes."""
-        return jax.eval_shape(self.make, self.params)
 
-    def on(self, mesh: Any, params: PyTree, state: PyTree) -> TrainState:
-        """Returns the state, made on the mesh: no device ever holds all of it.
+_change: Change = _unchanged
 
-        Args:
-          mesh: see `partitioning.make_mesh`.
-          params: shardings of the parameters.
-          state: shardings of the state.
-        """
-        if self.load is not None:
-            loaded = self.load(params)
-            return partitioning.CompiledFunction(
-                self.make, mesh, out_shardings=state, donate_argnums=0
-            )(loaded)
 
-        def fresh(key: jax.Array) -> TrainState:
-            return self.make(self.init(key))
-
-        return partitioning.initialize(fresh, mesh, state, jax.random.key(self.seed))
+@contextlib.contextmanager
+def changed_by(change: Change) -> Iterator[None]:
+    """While it is open, `run` runs what `change` makes of what it is given."""
+    global _change
+    _change = change
+    try:
+        yield
+    finally:
+        _change = _unchanged
 
 
 class _FrozenStep:
@@ -232,37 +178,50 @@ def run(
     the rest.
 
     Raises:
-      UserError: the mesh does not fit the devices or the parameters.
+      UserError: the mesh does not fit the devices or the parameters, or the folder was
+        trained with another seed.
+      TrainingDiverged: a number is not finite; `failures` has what it takes to see it
+        again, the sentence names it and the newest checkpoint.
+      CheckpointError: the last checkpoint could not be written.
       Stopped: a signal came; the state is saved. Also when it came at the last step,
         so that what would follow this run does not start.
     """
-    device_mesh, stop = partitioning.make_mesh(mesh), distributed.Stop()
+    training, settings = _change(training, settings)
+    device_mesh, stop = partitioning.make_mesh(mesh), stopping.Stop()
     step = _FrozenStep(training, initial_state.shapes, device_mesh)
-    checkpointer = checkpoints.Checkpointer(
-        folder / "checkpoints", keep=settings.keep_checkpoints
-    )
-    with checkpointer:
-        state = _first_or_latest(training, initial_state, step, checkpointer, mesh)
+    # A signal counts until the last checkpoint is safe: nothing may follow this run.
+    with (
+        stopping.Request() as request,
+        saves.checkpointer(folder, settings) as checkpointer,
+    ):
+        with loop.watchdog_of(settings) as dog:
+            dog.now("start", "reading or making the first state")
+            state = _first_or_latest(training, initial_state, step, checkpointer, mesh)
         start_step = int(state.step)
-        with _shown(training, folder, start_step, settings) as (writer, bar):
+        progressed = _progressed(checkpointer, start_step, seed)
+        shown = _shown(training, folder, start_step, settings)
+        failed = failures.kept_in(folder, training.name, seed, checkpointer)
+        with failed, shown as (writer, bar):
             state = loop.train_loop(
                 step,
                 state,
                 _batches(training, settings.batch_size, device_mesh),
                 settings=settings,
                 start_step=start_step,
+                progressed=progressed,
                 checkpointer=checkpointer,
                 writer=writer,
                 progress=bar,
                 evaluate=training.evaluate,
                 key=_everywhere(seed, device_mesh),
-                meta={"seed": seed, "versions": versions()},
+                meta=saves.facts(seed, device_mesh, operative_config(), versions()),
                 profile_folder=folder / profiling.PROFILE_FOLDER,
                 should_stop=stop,
+                request=request,
             )
-    distributed.barrier("end of the run")
-    if int(state.step) < settings.train_steps or stop.was_asked:
-        raise Stopped(int(state.step))
+    done = int(state.step)
+    if stop.settle(bool(request), done) or done < settings.train_steps:
+        raise Stopped(done)
     return state
 
 
@@ -290,10 +249,31 @@ def _first_or_latest(
     if distributed.is_first():
         # A forgotten folder must not pass for a fresh start.
         print(
-            f"{training.name}: continuing from step {latest} in {folder}",
+            f"{training.name}: continuing from step {int(state.step)} in {folder}",
             file=sys.stderr,
         )
     return state
+
+
+def _progressed(
+    checkpointer: checkpoints.Checkpointer, step: int, seed: int
+) -> loop.Progressed:
+    """Returns what a checkpoint says besides its state; of step 0 there is none.
+
+    Raises:
+      UserError: it was trained with another seed. Batches and random numbers are a
+        function of it, so some would come twice and others never.
+    """
+    if step == 0:
+        return loop.Progressed()
+    meta = checkpointer.read_meta(step)
+    if meta["seed"] != seed:
+        raise UserError(
+            f"{str(checkpointer.folder.parent)!r} was trained with seed {meta['seed']} "
+            f"up to step {step}, got seed {seed}: its batches would not go on from "
+            "there; name another MODEL_DIR, or that seed"
+        )
+    return loop.Progressed(**{name: meta[name] for name in loop.Progressed._fields})
 
 
 @contextlib.contextmanager
@@ -307,8 +287,9 @@ def _shown(
     writer = metrics.MetricWriter(folder, start_step)
     if start_step == 0:
         writer.write(0, training.facts)
+    earlier = metrics.records(folder / metrics.METRICS_FILE)
     with progress.Progress(settings.train_steps, training.name) as bar:
-        yield writer, bar
+        yield WatchedWriter(writer, training.alarms, earlier, bar.say), bar
     writer.close()
 
 
@@ -340,39 +321,3 @@ class Stopped(Exception):
     def __init__(self, step: int):
         super().__init__(f"stopped at step {step}")
         self.step = step
-
-
-def required(name: str, value: Any) -> Any:
-    """Returns `value`; raises a UserError where it is None."""
-    if value is None:
-        raise UserError(f"{name} must be set when no checkpoint is named, got None")
-    return value
-
-
-def initial_state(
-    init: Callable[[jax.Array], Params],
-    checkpoint: str,
-    seed: int,
-    make: Callable[[Params], TrainState],
-) -> InitialState:
-    """Returns a first state with fresh parameters, or those of `checkpoint` if named.
-
-    Args:
-      init: random key -> parameters.
-      checkpoint: model folder; empty starts from scratch.
-      seed: of fresh parameters.
-      make: parameters -> state.
-
-    Raises:
-      UserError: the checkpoint is missing.
-    """
-    shapes = jax.eval_shape(init, jax.random.key(seed))
-    load = None
-    if checkpoint:
-        folders.find_model_dir(checkpoint)
-        source = folders.resolve(checkpoint)
-
-        def load(shardings: PyTree) -> Params:
-            return checkpoints.load_params(source, shapes, shardings)
-
-    return InitialState(shapes, load, init, make, seed)

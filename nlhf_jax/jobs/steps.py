@@ -72,6 +72,7 @@ def policy_step(
         num_microbatches=loop.num_microbatches,
         num_updates_per_rollout=num_updates_per_rollout,
         learning_rate=rate,
+        skip_not_finite=loop.max_skipped_steps > 0,
     )
     return Step(
         step_fn,
@@ -100,6 +101,7 @@ def supervised(
         transformation,
         num_microbatches=loop.num_microbatches,
         learning_rate=rate,
+        skip_not_finite=loop.max_skipped_steps > 0,
     )
     return Step(
         lambda state, frozen, batch, key: update(state, batch, key),

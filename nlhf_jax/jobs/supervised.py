@@ -13,10 +13,11 @@ from nlhf_jax import distributed, supervised_step
 from nlhf_jax.checks import check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data import tasks, vocabularies
+from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.evaluation import summaries
 from nlhf_jax.jobs import collect, folders, generation, runs, steps
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
@@ -24,7 +25,6 @@ from nlhf_jax.settings import (
     MeshSettings,
     OptimizerSettings,
     SamplingSettings,
-    T5Settings,
 )
 from nlhf_jax.types import POLICY, TrainState
 
@@ -32,7 +32,7 @@ from nlhf_jax.types import POLICY, TrainState
 def sft(
     *,
     model_dir: str,
-    model: T5Settings,
+    model: ModelSettings,
     data: DataSettings,
     optimizer: OptimizerSettings,
     loop: LoopSettings,
@@ -42,7 +42,7 @@ def sft(
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
 ) -> None:
-    """Fine-tunes a T5 language model on prompts and their target responses.
+    """Fine-tunes a language model on prompts and their target responses.
 
     Args:
       model_dir: folder for checkpoints, metrics and the model's description.
@@ -62,11 +62,12 @@ def sft(
     vocabulary_path = _vocabulary_path(data, initial_checkpoint_path, tasks.SUPERVISED)
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, model.vocab_size)
+    check_end(model, vocabulary.eos_id)
     train = data_batches.load_supervised(data, "train", vocabulary)
     held_out = data_batches.load_supervised(data, "evaluation", vocabulary)
     lengths = dict(data.task_feature_lengths)
     description = folders.ModelDescription("language_model", model, lengths)
-    network = t5_language_model(model, memory)
+    network = language_model(model, memory)
     check_integer("num_eval_examples", num_eval_examples, 1)
     rows = np.arange(min(num_eval_examples, held_out.num_examples))
     loss = _mean_over(
@@ -116,7 +117,7 @@ def preference(
     loop: LoopSettings,
     comparisons_dir: str = "",
     initial_checkpoint_path: str = "",
-    model: T5Settings | None = None,
+    model: ModelSettings | None = None,
     seed: int = 0,
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
@@ -159,7 +160,7 @@ def reward(
     loop: LoopSettings,
     comparisons_dir: str = "",
     initial_checkpoint_path: str = "",
-    model: T5Settings | None = None,
+    model: ModelSettings | None = None,
     seed: int = 0,
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
@@ -188,7 +189,7 @@ def _train_judge(
     data: DataSettings,
     comparisons_dir: str,
     initial_checkpoint_path: str,
-    model: T5Settings | None,
+    model: ModelSettings | None,
     num_eval_examples: int,
     loop: LoopSettings,
     memory: MemorySettings,
@@ -201,6 +202,7 @@ def _train_judge(
     )
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, settings.vocab_size)
+    check_end(settings, vocabulary.eos_id)
     train = data_batches.load_comparisons(data, "train", vocabulary)
     held_out = data_batches.load_comparisons(data, "evaluation", vocabulary)
     description = folders.ModelDescription(
@@ -238,8 +240,8 @@ def _vocabulary_path(data: DataSettings, checkpoint: str, kind: tuple[str, ...])
 
 
 def _shape_and_vocabulary(
-    data: DataSettings, checkpoint: str, model: T5Settings | None
-) -> tuple[T5Settings, str]:
+    data: DataSettings, checkpoint: str, model: ModelSettings | None
+) -> tuple[ModelSettings, str]:
     if not checkpoint:
         path = _vocabulary_path(data, "", tasks.COMPARISONS)
         return runs.required("model", model), path

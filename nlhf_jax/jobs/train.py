@@ -5,6 +5,7 @@ import functools
 import pathlib
 
 from nlhf_jax import distributed, global_arrays
+from nlhf_jax.alarms import AlarmSettings
 from nlhf_jax.checkpoints import save_params
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
@@ -40,6 +41,7 @@ def train(
     write_sets: tuple[str, ...] = (),
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
+    alarms: AlarmSettings = AlarmSettings(),  # noqa: B008
 ) -> None:
     """Trains a policy with one of the registered algorithms.
 
@@ -65,6 +67,7 @@ def train(
         own when training ends, to MODEL_DIR/sets/NAME.
       mesh: how devices are laid out.
       memory: what a step computes again, cuts up or halves to fit.
+      alarms: when figures of the policy or the judge give a warning.
 
     Raises:
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
@@ -119,6 +122,7 @@ def train(
             {"data/truncated_prompts": prompts.num_truncated_prompts},
             network.logical_axes,
             {REFERENCE: network.logical_axes} | judge.logical_axes,
+            alarms,
         ),
         folder=folder,
         initial_state=start,

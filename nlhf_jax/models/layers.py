@@ -64,23 +64,25 @@ def rows_of(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 class Dense(nn.Module):
-    """A product with a kernel (inputs, features), without bias.
+    """A product with a kernel (inputs, features), and a bias if asked.
 
     Attributes:
       features: size of the last axis of the result.
       axes: logical names of the kernel's two axes.
       dtype: of the product.
       initializer: of the kernel.
+      use_bias: adds a vector, 0 at first, to the product.
     """
 
     features: int
     axes: tuple[str, str]
     dtype: str
     initializer: nn.initializers.Initializer = TRUNCATED
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        """Returns x @ kernel."""
+        """Returns x @ kernel (+ bias)."""
         kernel_DF = self.param(
             "kernel",
             nn.with_logical_partitioning(self.initializer, self.axes),
@@ -88,7 +90,14 @@ class Dense(nn.Module):
             jnp.float32,
         )
         kernel_DF = gather(kernel_DF.astype(self.dtype), self.axes)
-        return x.astype(self.dtype) @ kernel_DF
+        product = x.astype(self.dtype) @ kernel_DF
+        if not self.use_bias:
+            return product
+        axes = self.axes[1:]
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        bias_F = self.param("bias", zeros, (self.features,), jnp.float32)
+        bias_F = gather(bias_F.astype(self.dtype), axes)
+        return product + bias_F.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class RMSNorm(nn.Module):
@@ -113,10 +122,11 @@ class Embedding(nn.Module):
     vocab_size: int
     emb_dim: int
     dtype: str
+    stddev: float = 1.0  # of the table at first
 
     def setup(self):
         init = nn.with_logical_partitioning(
-            nn.initializers.normal(1.0), ("vocab", "embed")
+            nn.initializers.normal(self.stddev), ("vocab", "embed")
         )
         self.embedding = self.param(
             "embedding", init, (self.vocab_size, self.emb_dim), jnp.float32

@@ -18,7 +18,12 @@ REMAT_POLICIES = {
 
 
 def through_layers(
-    block: Any, layer_class: type[nn.Module], x, shared: tuple, use_dropout: bool
+    block: Any,
+    layer_class: type[nn.Module],
+    x,
+    shared: tuple,
+    use_dropout: bool,
+    own: tuple = (),
 ) -> jax.Array:
     """Returns x after all of a block's layers, as its memory settings say.
 
@@ -28,14 +33,15 @@ def through_layers(
 
     Args:
       block: a bound module with `settings`, `memory` and equal `layers`.
-      layer_class: of the layers; (x, *shared, use_dropout) -> x.
+      layer_class: of the layers; (x, *own, *shared, use_dropout) -> x.
       x: activations that go in.
       shared: what every layer reads besides.
       use_dropout: whether the layers drop.
+      own: arrays whose first axis is the layer; each layer reads its entry.
     """
     if block.is_initializing():
-        for layer in block.layers:
-            x = layer(x, *shared, use_dropout)
+        for index, layer in enumerate(block.layers):
+            x = layer(x, *(leaf[index] for leaf in own), *shared, use_dropout)
         return x
     # Unbound: its weights are handed to it.
     network = layer_class(block.settings, parent=None)
@@ -45,9 +51,11 @@ def through_layers(
     keys = jax.random.split(seed, num_layers)
 
     def one(x, given):
-        params, key = given
+        params, key, mine = given
         rngs = {"dropout": key} if use_dropout else None
-        return network.apply({"params": params}, x, *shared, use_dropout, rngs=rngs)
+        return network.apply(
+            {"params": params}, x, *mine, *shared, use_dropout, rngs=rngs
+        )
 
     memory = block.memory
     if memory.remat in REMAT_POLICIES:
@@ -56,9 +64,8 @@ def through_layers(
         one = jax.checkpoint(one, policy=policy, prevent_cse=not memory.scan_layers)
     if memory.scan_layers:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
-        return jax.lax.scan(lambda x, given: (one(x, given), None), x, (stacked, keys))[
-            0
-        ]
+        through = (stacked, keys, own)
+        return jax.lax.scan(lambda x, given: (one(x, given), None), x, through)[0]
     for i in range(num_layers):
-        x = one(x, (weights[i], keys[i]))
+        x = one(x, (weights[i], keys[i], tuple(leaf[i] for leaf in own)))
     return x

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from nlhf_jax import sequences
-from nlhf_jax.constraints import constrain, gather
+from nlhf_jax.constraints import constrain
+from nlhf_jax.models.functions import language_model_of
 from nlhf_jax.models.layers import (
     MASKED,
     Attention,
@@ -36,7 +37,7 @@ from nlhf_jax.models.layers import (
 from nlhf_jax.models.stacking import through_layers
 from nlhf_jax.models.unembedding import check_chunks, chunked_token_scores
 from nlhf_jax.settings import MemorySettings, T5Settings
-from nlhf_jax.types import LanguageModel, Params, PromptBatch, TokenScores
+from nlhf_jax.types import LanguageModel, PromptBatch
 
 PAD_ID, EOS_ID, START_ID = 0, 1, 0
 
@@ -269,10 +270,11 @@ class T5(nn.Module):
             num_chunks,
         )
 
-    def prefill(self, prompts: PromptBatch, max_length: int) -> T5Cache:
-        """Returns the cache of a response not yet begun."""
+    def prefill(self, prompts: PromptBatch, max_length: int):
+        """Returns (start_tokens_B, cache) of a response not yet begun."""
         encoded_BSD = self._encode(prompts, False)
-        return self.decoder.start(encoded_BSD, prompts.mask_BS, max_length)
+        cache = self.decoder.start(encoded_BSD, prompts.mask_BS, max_length)
+        return jnp.full(prompts.tokens_BS.shape[:1], START_ID, jnp.int32), cache
 
     def decode_step(self, cache: T5Cache, tokens_R, step):
         """Returns (logits_RV, cache) after feeding the token before `step`."""
@@ -304,86 +306,9 @@ def t5_language_model(
 
 @functools.cache
 def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> LanguageModel:
-    network = T5(settings, memory)
-    prompts = PromptBatch(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-
-    def boxed(key: jax.Array):
-        return network.init(key, prompts, tokens_BT)["params"]
-
-    def init(key: jax.Array) -> Params:
-        return nn.unbox(boxed(key))
-
-    def forward(method, params, prompts, tokens_BT, dropout_key):
-        use_dropout = dropout_key is not None and settings.dropout_rate > 0
-        rngs = {"dropout": dropout_key} if use_dropout else None
-        variables = {"params": params}
-        return network.apply(
-            variables, prompts, tokens_BT, use_dropout, rngs=rngs, method=method
-        )
-
-    def logits(
-        params: Params,
-        prompts: PromptBatch,
-        tokens_BT: Int[Array, "B T"],
-        dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "B T V"]:
-        return forward(T5.__call__, params, prompts, tokens_BT, dropout_key)
-
-    def token_scores(
-        params: Params,
-        prompts: PromptBatch,
-        tokens_BT: Int[Array, "B T"],
-        dropout_key: jax.Array | None = None,
-    ) -> TokenScores:
-        return forward(T5.token_scores, params, prompts, tokens_BT, dropout_key)
-
-    def logits_of(
-        params: Params,
-        prompts: PromptBatch,
-        tokens_BT: Int[Array, "B T"],
-        token_id: int,
-    ) -> Float[Array, "B T"]:
-        return network.apply(
-            {"params": params}, prompts, tokens_BT, token_id, method=T5.logits_of
-        )
-
-    def prefill(params: Params, prompts: PromptBatch, max_length: int):
-        cache = network.apply(
-            {"params": params}, prompts, max_length, method=T5.prefill
-        )
-        return jnp.full(prompts.tokens_BS.shape[:1], START_ID, jnp.int32), cache
-
-    def decode_step(params: Params, cache: T5Cache, tokens_R, step):
-        return network.apply(
-            {"params": params}, cache, tokens_R, step, method=T5.decode_step
-        )
-
-    axes = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
-    axes = jax.tree.map(
-        tuple, axes, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
-    )
-    return LanguageModel(
-        init=init,
-        logical_axes=axes,
-        logits=logits,
-        logits_of=logits_of,
-        token_scores=token_scores,
-        prefill=prefill,
-        decode_step=decode_step,
-        vocab_size=settings.vocab_size,
+    return language_model_of(
+        T5(settings, memory),
         pad_id=PAD_ID,
         eos_id=EOS_ID,
-        for_decoding=functools.partial(_for_decoding, settings, axes),
+        dropout_rate=settings.dropout_rate,
     )
-
-
-def _for_decoding(settings: T5Settings, axes, params: Params) -> Params:
-    """Returns the decoder's weights cast and gathered as a step would, all at once."""
-
-    def one(path, leaf, names):
-        # The output layer and what is added to float32 stay as they are.
-        is_cast = path[-1].key == "kernel" and path[-2].key != "logits_dense"
-        return gather(leaf.astype(settings.dtype) if is_cast else leaf, names)
-
-    return jax.tree_util.tree_map_with_path(one, params, axes)

@@ -23,11 +23,22 @@ def check_chunks(vocab_size: int, num_chunks: int) -> None:
         )
 
 
+def soft_capped(
+    logits: Float[Array, "*shape"], soft_cap: float
+) -> Float[Array, "*shape"]:
+    """Returns cap * tanh(logits / cap), which lies in (-cap, cap); 0 caps nothing.
+
+    Source: Gemma Team, 2024, arXiv 2408.00118, section 2.
+    """
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
 def chunked_token_scores(
     features_BTD: Float[Array, "B T D"],
     kernel_DV: Float[Array, "D V"],
     tokens_BT: Int[Array, "B T"],
     num_chunks: int,
+    soft_cap: float = 0.0,
 ) -> TokenScores:
     """Returns the scores of tokens under logits = features @ kernel, V / n at a time.
 
@@ -42,6 +53,7 @@ def chunked_token_scores(
       kernel_DV: the output layer, float32.
       tokens_BT: token ids in [0, V).
       num_chunks: n, divides V.
+      soft_cap: of the logits; see `soft_capped`.
 
     Source: the online normaliser of Milakov and Gimelshein, 2018, arXiv 1805.02867.
     """
@@ -55,7 +67,7 @@ def chunked_token_scores(
         largest_BT, sum_BT, chosen_BT = totals
         index, kernel_DW = given
         kernel_DW = gather(kernel_DW, ("embed", "vocab"))
-        logits_BTW = features_BTD @ kernel_DW
+        logits_BTW = soft_capped(features_BTD @ kernel_DW, soft_cap)
         logits_BTW = constrain(logits_BTW, ("batch", "length", "vocab"))
         found_BT = jax.lax.stop_gradient(logits_BTW.max(axis=-1))
         new_BT = jnp.maximum(largest_BT, found_BT)

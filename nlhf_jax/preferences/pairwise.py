@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.decoder_settings import ModelSettings
+from nlhf_jax.models.families import language_model
 from nlhf_jax.preferences.inputs import PairwiseTemplate, pairwise_input
-from nlhf_jax.settings import MemorySettings, T5Settings
+from nlhf_jax.settings import MemorySettings
 from nlhf_jax.types import (
     LanguageModel,
     Params,
@@ -63,7 +64,7 @@ def whole_width(responses: Responses, width: int) -> Responses:
 
 
 def pairwise_preference_model(
-    settings: T5Settings,
+    settings: ModelSettings,
     template: PairwiseTemplate,
     *,
     prompt_length: int,
@@ -79,7 +80,7 @@ def pairwise_preference_model(
       response_length: tokens of each response, at most; wider ones raise a UserError.
       memory: what its passes keep.
     """
-    network = t5_language_model(settings, memory)
+    network = language_model(settings, memory)
 
     def logits(
         params: Params, prompts: PromptBatch, first: Responses, second: Responses

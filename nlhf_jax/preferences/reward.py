@@ -10,15 +10,16 @@ the decoder has read the response; docs/math.md (31).
 
 from jaxtyping import Array, Float
 
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.decoder_settings import ModelSettings
+from nlhf_jax.models.families import language_model
 from nlhf_jax.preferences.inputs import RewardTemplate, reward_input
 from nlhf_jax.preferences.pairwise import last_logit
-from nlhf_jax.settings import MemorySettings, T5Settings
+from nlhf_jax.settings import MemorySettings
 from nlhf_jax.types import Params, PromptBatch, Responses, RewardModel
 
 
 def reward_model(
-    settings: T5Settings,
+    settings: ModelSettings,
     template: RewardTemplate,
     *,
     prompt_length: int,
@@ -26,7 +27,7 @@ def reward_model(
     memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
 ) -> RewardModel:
     """Returns the reward model; the arguments are those of the preference model."""
-    network = t5_language_model(settings, memory)
+    network = language_model(settings, memory)
 
     def rewards(
         params: Params, prompts: PromptBatch, responses: Responses

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state that a run starts from, made where it will lie."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from nlhf_jax import checkpoints, partitioning
+from nlhf_jax.checks import UserError
+from nlhf_jax.jobs import folders
+from nlhf_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialState:
+    """How a run's first state is made, each array where it will lie.
+
+    Attributes:
+      params: shapes and dtypes of the parameters it starts from.
+      load: shardings -> parameters of a checkpoint; None makes fresh ones.
+      init: random key -> parameters.
+      make: parameters -> state; pure, and run inside a compiled program.
+      seed: of fresh parameters.
+    """
+
+    params: PyTree
+    load: Callable[[PyTree], Params] | None
+    init: Callable[[jax.Array], Params]
+    make: Callable[[Params], TrainState]
+    seed: int
+
+    @property
+    def shapes(self) -> TrainState:
+        """The state's shapes and dtypes."""
+        return jax.eval_shape(self.make, self.params)
+
+    def on(self, mesh: Any, params: PyTree, state: PyTree) -> TrainState:
+        """Returns the state, made on the mesh: no device ever holds all of it.
+
+        Args:
+          mesh: see `partitioning.make_mesh`.
+          params: shardings of the parameters.
+          state: shardings of the state.
+        """
+        if self.load is not None:
+            loaded = self.load(params)
+            return partitioning.CompiledFunction(
+                self.make, mesh, out_shardings=state, donate_argnums=0
+            )(loaded)
+
+        def fresh(key: jax.Array) -> TrainState:
+            return self.make(self.init(key))
+
+        return partitioning.initialize(fresh, mesh, state, jax.random.key(self.seed))
+
+
+def required(name: str, value: Any) -> Any:
+    """Returns `value`; raises a UserError where it is None."""
+    if value is None:
+        raise UserError(f"{name} must be set when no checkpoint is named, got None")
+    return value
+
+
+def initial_state(
+    init: Callable[[jax.Array], Params],
+    checkpoint: str,
+    seed: int,
+    make: Callable[[Params], TrainState],
+) -> InitialState:
+    """Returns a first state with fresh parameters, or those of `checkpoint` if named.
+
+    Args:
+      init: random key -> parameters.
+      checkpoint: model folder; empty starts from scratch.
+      seed: of fresh parameters.
+      make: parameters -> state.
+
+    Raises:
+      UserError: the checkpoint is missing.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(seed))
+    load = None
+    if checkpoint:
+        folders.find_model_dir(checkpoint)
+        source = folders.resolve(checkpoint)
+
+        def load(shardings: PyTree) -> Params:
+            return checkpoints.load_params(source, shapes, shardings)
+
+    return InitialState(shapes, load, init, make, seed)

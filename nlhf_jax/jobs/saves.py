@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's checkpoints: which are kept, and what each says of the run."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from nlhf_jax import checkpoints, distributed, manifests, metrics
+from nlhf_jax.checks import check_choice
+from nlhf_jax.settings import LoopSettings
+
+
+def check_best_metric(settings: LoopSettings) -> None:
+    """Checks that an evaluation may give what the best checkpoints are chosen by.
+
+    Raises:
+      UserError: no evaluation has a metric of that name; the nearest is named.
+    """
+    if settings.keep_best:
+        known = [name for name in metrics.METRICS if name.startswith("eval/")]
+        check_choice("best_metric", settings.best_metric, known)
+
+
+def checkpointer(
+    folder: pathlib.Path, settings: LoopSettings
+) -> checkpoints.Checkpointer:
+    """Returns what saves and restores the run's states."""
+    check_best_metric(settings)
+    return checkpoints.Checkpointer(
+        folder / checkpoints.STEPS_FOLDER,
+        keep=checkpoints.Retention(
+            newest=settings.keep_checkpoints,
+            every_steps=settings.keep_every_steps,
+            best=settings.keep_best,
+            metric=settings.best_metric,
+            best_is=settings.best_is,
+        ),
+        attempts=settings.save_attempts,
+        retry_seconds=settings.save_retry_seconds,
+        beside=[folder / metrics.METRICS_FILE],
+    )
+
+
+def facts(
+    seed: int, mesh: Any, config: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns what every checkpoint's manifest says of the run.
+
+    Args:
+      seed: of the run; random keys and the order of the data follow from it.
+      mesh: of devices.
+      config: text of the operative configuration.
+      versions: of what decides the numbers.
+    """
+    key, devices = jax.random.key(seed), mesh.devices.flat
+    return {
+        "seed": seed,
+        "random_keys": {
+            "kind": str(jax.random.key_impl(key)),
+            "run": jax.random.key_data(key).tolist(),
+            "step": "fold_in(run, updates done)",
+        },
+        "data": "the batch of the next update is a function of seed and updates done",
+        "config": config,
+        "config_xxh3_128": manifests.digest_of_text(config),
+        "versions": dict(versions),
+        "devices": {
+            "kind": devices[0].device_kind,
+            "count": len(mesh.devices.flat),
+            "mesh": dict(mesh.shape),
+            "processes": distributed.num_processes(),
+        },
+    }
