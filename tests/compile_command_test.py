@@ -65,6 +65,7 @@ def program(models_dir, shape) -> programs.Program:
     return programs.program("train", bindings, given)
 
 
+@pytest.mark.battery
 def test_what_is_compiled_is_what_the_job_runs(shape, tmp_path, monkeypatch):
     """The job is run up to its loop, with random models; the programs are equal."""
     one = program(tmp_path, shape)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of faults: `python -m tests.faults.table [--long] [--rows=1,4] [--write]`.
 
+`--most=20` makes at most so many trials of a row.
+
 Every row puts its fault in as often as it says, each time with another seed and in an
 empty folder, and prints what came of it. `--write` puts the table, with date, machine
 and versions, between its two marks in docs/reliability.md. Without `--long` a row makes
@@ -95,12 +97,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true", help="the long form")
     parser.add_argument("--rows", default="", help="numbers, split at commas")
+    parser.add_argument("--most", type=int, default=10**6, help="trials of a row")
     parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
     parser.add_argument("--json", default="", help="file that gets every trial")
     given = parser.parse_args(words)
     chosen = {int(number) for number in given.rows.split(",") if number}
     rows = [row for row in all_rows() if not chosen or row.number in chosen]
-    played = [(row, *play(row, row.long if given.long else row.short)) for row in rows]
+    counts = [min(row.long if given.long else row.short, given.most) for row in rows]
+    played = [(row, *play(row, n)) for row, n in zip(rows, counts, strict=True)]
     lines = [line(row, trials) for row, trials, _ in played]
     table = "\n".join([conditions(), "", HEAD, *lines])
     print(table)

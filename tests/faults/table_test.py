@@ -57,6 +57,18 @@ def test_a_failure_and_an_exception_stand_in_the_table():
     assert "ValueError: lost \\| found" in line
 
 
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [([], 1), (["--long"], 2), (["--long", "--most=1"], 1), (["--rows=90"], 1)],
+)
+def test_the_form_says_how_many_trials(words, count, monkeypatch, capsys):
+    monkeypatch.setattr(table, "all_rows", lambda: [toy(limits={})])
+    assert table.main(words) == 0
+    out, err = capsys.readouterr()
+    assert f"| {count} | {count} of {count} |" in out
+    assert f"trial {count}/{count}" in err
+
+
 def test_the_table_is_put_between_its_marks(tmp_path, monkeypatch):
     document = tmp_path / "reliability.md"
     document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
