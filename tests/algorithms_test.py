@@ -407,9 +407,9 @@ def sets_of(algorithm, make):
 
 
 @pytest.mark.parametrize("row", [*TABLE, BONUS], ids=lambda row: row.name)
-@pytest.mark.parametrize("length, eos_id", all_but([(2, 1)], [(1, -1), (2, 1), (3, 0)]))
-def test_the_expected_gradient_is_the_claimed_one(row, length, eos_id, float64):
-    algorithm = row.make()
+@pytest.mark.parametrize("ends", all_but([(2, 1)], [(1, -1), (2, 1), (3, 0)]), ids=str)
+def test_the_expected_gradient_is_the_claimed_one(row, ends, float64):
+    algorithm, (length, eos_id) = row.make(), ends
     # What K speakers say together is enumerated, so long responses need a small V.
     vocab_size = 3 if len(algorithm.speakers) == 2 else 2
     model = tabular.tabular_model(vocab_size, length, eos_id=eos_id)

@@ -98,23 +98,18 @@ def sft(work):
 @pytest.fixture(scope="module")
 def preference(work, sft):
     start = {"INITIAL_CHECKPOINT_PATH": sft[1][0]}
-    return {
-        number: (
-            work / f"preference_{number}",
-            run_in(number, work, "preference", f"preference_{number}", 3, **start),
-        )
-        for number in (1, 2)
-    }
+    found = run_in(1, work, "preference", "preference_1", 3, **start)
+    return {1: (work / "preference_1", found)}
 
 
 @pytest.fixture(scope="module")
 def nash(work, sft, preference):
-    """Three steps of Nash-MD; four processes each hold a half of the parameters."""
+    """Three steps of Nash-MD; two processes each hold a half of the parameters."""
     given = {
         "REFERENCE_CHECKPOINT": sft[1][0],
         "PREFERENCE_CHECKPOINT": preference[1][0],
     }
-    meshes = {1: (), 4: ("--gin.FSDP=2",)}
+    meshes = {1: (), 2: ("--gin.FSDP=4",)}
     return {
         number: (
             work / f"nash_{number}",
@@ -150,23 +145,15 @@ def test_sft_in_processes_ends_where_one_does(sft):
 
 @battery
 @slow
-def test_the_preference_model_in_processes_ends_where_one_does(preference):
-    same_parameters(preference[2][0], preference[1][0])
-    steps = preference[1][0] / "checkpoints"
-    assert moved(steps / "3", steps / "2") > 1e-4
-
-
-@battery
-@slow
 def test_nash_md_in_processes_ends_where_one_does(nash, sft):
-    same_parameters(nash[4][0], nash[1][0])
+    same_parameters(nash[2][0], nash[1][0])
     assert moved(nash[1][0], sft[1][0]) > 1e-4
 
 
 @battery
 @slow
 def test_metrics_and_answers_are_those_of_one_process(nash):
-    one, other = (read_lines(nash[n][0] / "metrics.jsonl") for n in (1, 4))
+    one, other = (read_lines(nash[n][0] / "metrics.jsonl") for n in (1, 2))
     assert [row["step"] for row in other] == [row["step"] for row in one]
     for ours, theirs in zip(other, one, strict=True):
         assert set(ours) == set(theirs)
@@ -177,7 +164,7 @@ def test_metrics_and_answers_are_those_of_one_process(nash):
                     ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name
                 )
     answers = "samples/held_out/3.npz"
-    with np.load(nash[1][0] / answers) as a, np.load(nash[4][0] / answers) as b:
+    with np.load(nash[1][0] / answers) as a, np.load(nash[2][0] / answers) as b:
         np.testing.assert_array_equal(a["tokens_BT"], b["tokens_BT"])
 
 
@@ -214,7 +201,7 @@ def test_the_step_is_compiled_once_in_every_process(sft, preference, nash):
 @battery
 @slow
 def test_one_process_writes_what_is_no_checkpoint(sft, nash):
-    cases = ((2, sft, sft[1][0]), (4, sft, sft[1][0]), (4, nash, nash[1][0]))
+    cases = ((2, sft, sft[1][0]), (4, sft, sft[1][0]), (2, nash, nash[1][0]))
     for number, runs, alone in cases:
         folder, found = runs[number]
         for file in ("metrics.jsonl", "config.gin", "versions.json", "model.json"):
@@ -234,7 +221,7 @@ def test_one_process_writes_what_is_no_checkpoint(sft, nash):
 @battery
 @slow
 def test_every_process_writes_its_part_of_a_checkpoint(sft, nash):
-    for number, folder, step in ((2, sft[2][0], 6), (4, nash[4][0], 3)):
+    for number, folder, step in ((4, sft[4][0], 4), (2, nash[2][0], 3)):
         (state,) = (folder / "checkpoints" / str(step)).glob("state")
         parts = {path.name for path in state.glob("ocdbt.process_*")}
         assert parts == {f"ocdbt.process_{n}" for n in range(number)}

@@ -26,12 +26,6 @@ def test_a_valid_result_or_one_sentence(name):
     fuzz.run(name, number, seed=0 if NUM_INPUTS < 1000 else None)
 
 
-@pytest.mark.battery
-@pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_the_same_for_more_inputs_of_another_seed(name):
-    fuzz.run(name, 5 * NUM_INPUTS)
-
-
 READERS = {
     "JSON lines": (jsonl, "read_rows"),
     "win tables": (win_tables, "load_table"),
