@@ -11,6 +11,7 @@ step). The format itself does not notice a flipped bit, so the manifest has a di
 every file and array; a state with a NaN in it is never written.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -145,6 +146,9 @@ class Checkpointer:
         self._join()
         self._newest = None
         attempt = previous.attempt + 1 if is_retry else 1
+        # A save may be due before all have heard of the retry's step.
+        said = distributed.exchange("attempt of a save", str(attempt))
+        attempt = max(map(int, said.values()))
         self._begin(Save(step, state, meta or {}, attempt))
 
     def retry_is_due(self, done: int) -> bool:
@@ -203,6 +207,9 @@ class Checkpointer:
         error = None if self._newest is None else self._newest.join()
         if distributed.is_peer_loss(error):
             raise error
+        if error is not None:
+            self._orbax.close()
+            self._orbax = array_writer()
         return error
 
     def _begin(self, save: Save) -> None:
@@ -257,6 +264,10 @@ class Checkpointer:
             writing.commit()
         except Exception as error:
             self._failed(save, error)
+            if not distributed.is_peer_loss(error):
+                # Process 0 deletes for a while; whoever gave up now would end first,
+                # and have the others end with 42.
+                distributed.barrier("failed save deleted")
             raise
         if distributed.is_first():
             self._delete_old(save.step, save.meta)
@@ -302,8 +313,10 @@ class Checkpointer:
         self._evaluations[step] = meta.get("evaluation", {})
         for other in retention.committed(self.folder):
             if other not in self._evaluations:
-                facts = self.read_meta(other)
-                self._evaluations[other] = facts.get("evaluation", {})
+                # One that is damaged is none of the best; a restore names it.
+                with contextlib.suppress(CheckpointError):
+                    found = self.read_meta(other).get("evaluation", {})
+                    self._evaluations[other] = found
         name = self._keep.metric
         return {s: e[name] for s, e in self._evaluations.items() if name in e}
 

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is damaged; one sentence and exit code 74.
+    """What a run leaves could not be written, or is damaged; a sentence and code 74.
 
     The code is that of the system's list for errors of input and output.
     """

@@ -20,7 +20,7 @@ import gin
 from nlhf_jax import gin_files, gin_lint, settings
 from nlhf_jax.alarms import AlarmSettings
 from nlhf_jax.algorithms import ALGORITHMS
-from nlhf_jax.checks import UserError, check_choice
+from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.data.tensorflow_setup import import_seqio
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import JOBS, rehearsal
@@ -228,11 +228,12 @@ def _rehearsal() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 def _plain_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         # gin adds lines about its own calls to every exception that passes through.
         lines = str(error).splitlines()
         kept = [line for line in lines if "In call to configurable" not in line]
-        raise UserError(" ".join(kept).strip()) from error
+        kind = UserError if isinstance(error, UserError) else CheckpointError
+        raise kind(" ".join(kept).strip()) from error
 
 
 def run(job: str) -> None:

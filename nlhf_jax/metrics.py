@@ -5,6 +5,7 @@ A name that is not in the table (`metric_table`) is not written: the assertion p
 the row that is missing. `python -m nlhf_jax.metrics` prints the table.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nlhf_jax import event_files
+from nlhf_jax.checks import CheckpointError
 from nlhf_jax.metric_table import (
     METRICS,
     OF_THE_PROCESS,
@@ -66,7 +68,7 @@ class MetricWriter:
         *,
         tensorboard: bool = True,
     ):
-        folder = pathlib.Path(folder)
+        self._folder = folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kept = {}
         for name in (METRICS_FILE, TIMING_FILE):
@@ -92,17 +94,21 @@ class MetricWriter:
         """Writes the values of one step; an unknown name raises an AssertionError.
 
         What a resumed run finds written for the step it goes on from stays as it is.
+
+        Raises:
+          CheckpointError: they cannot be written; the disk is full, say.
         """
         check_names(metrics)
         values = {name: float(value) for name, value in metrics.items()}
         lasting = {k: v for k, v in values.items() if k not in OF_THE_PROCESS}
         if step == self._resume_step and {"step", *lasting} in self._there:
             return
-        self._line(self._metrics, step, lasting)
         passing = {k: v for k, v in values.items() if k in OF_THE_PROCESS}
-        self._line(self._timing, step, passing)
-        if self._events is not None:
-            self._events.scalars(int(step), values)
+        with _unwritten_is_said(self._folder):
+            self._line(self._metrics, step, lasting)
+            self._line(self._timing, step, passing)
+            if self._events is not None:
+                self._events.scalars(int(step), values)
 
     def _line(self, file, step: SupportsIndex, values: Mapping[str, float]) -> None:
         if not values:
@@ -113,9 +119,14 @@ class MetricWriter:
         file.flush()
 
     def sync(self) -> None:
-        """Returns when what was written would outlast a failure of the machine."""
-        for file in (self._metrics, self._timing):
-            os.fsync(file.fileno())
+        """Returns when what was written would outlast a failure of the machine.
+
+        Raises:
+          CheckpointError: as `write`.
+        """
+        with _unwritten_is_said(self._folder):
+            for file in (self._metrics, self._timing):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes the files; writing after that is an error."""
@@ -123,6 +134,17 @@ class MetricWriter:
         self._timing.close()
         if self._events is not None:
             self._events.close()
+
+
+@contextlib.contextmanager
+def _unwritten_is_said(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the metrics in {folder} could not be written: {error.strerror}; the same "
+            "command resumes from the newest checkpoint"
+        ) from error
 
 
 def _cut_after(path: pathlib.Path, step: int) -> list[dict]:
@@ -134,7 +156,10 @@ def _cut_after(path: pathlib.Path, step: int) -> list[dict]:
     if path.exists():
         partial = path.with_suffix(".partial")
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        partial.write_text(text, encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     return kept
 

@@ -11,6 +11,8 @@ from nlhf_jax import cli, gin_bindings
 from nlhf_jax.checks import UserError
 from nlhf_jax.jobs import replay
 
+PIPELINES = ("quickstart", "reproduce")
+
 
 def main(words: Sequence[str]) -> int:
     """Plays a run's step again whose numbers were not finite, and shows which.
@@ -47,7 +49,10 @@ def rebuild(
 
     def is_wanted(name: str, given: Mapping[str, Any]) -> bool:
         named = pathlib.Path(str(given.get("model_dir", ""))).expanduser()
-        return name == job or named.resolve() == folder
+        if name in PIPELINES:
+            return name == job
+        # Any other folder is not redirected: the job would write into it.
+        return name in cli.TRAINING_JOBS and named.resolve() == folder
 
     with gin_bindings.only(is_wanted):
         gin_bindings.run(job)

@@ -105,10 +105,14 @@ def pinned_steps(folder: pathlib.Path) -> set[int]:
 
 def delete(folder: pathlib.Path, step: int) -> None:
     """Deletes a step's folder; a kill meanwhile leaves nothing under its name."""
-    gone = folder / f"{step}{_DELETING}"
+    _delete(folder / str(step))
+
+
+def _delete(place: pathlib.Path) -> None:
+    gone = place.with_name(f"{place.name}{_DELETING}")
     if gone.exists():
         shutil.rmtree(gone, ignore_errors=True)
-    (folder / str(step)).rename(gone)
+    place.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -125,12 +129,14 @@ def discard(folder: pathlib.Path, step: int) -> None:
 
 def remove_leftovers(folder: pathlib.Path) -> None:
     """Deletes what a process left that was killed while it saved or deleted."""
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         name = path.name.removesuffix(_DELETING)
         if not name.isdecimal() or not path.is_dir():
             continue
-        if name != path.name or manifests.is_leftover(path):
+        if name != path.name:
             shutil.rmtree(path, ignore_errors=True)
+        elif manifests.is_leftover(path):
+            _delete(path)
 
 
 def set_aside(folder: pathlib.Path, step: int) -> pathlib.Path:

@@ -33,7 +33,9 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-def together(name: str, act: Callable[[], Result]) -> Result:
+def together(
+    name: str, act: Callable[[], Result], seconds: float | int | None = None
+) -> Result:
     """Returns `act()`; what goes wrong in one process goes wrong in all.
 
     Else some would go on to the next checkpoint while others use this one.
@@ -41,6 +43,7 @@ def together(name: str, act: Callable[[], Result]) -> Result:
     Args:
       name: of the barrier at which all processes meet afterwards.
       act: what this process does.
+      seconds: how long to wait for the last process; as `exchange` if None.
 
     Raises:
       CheckpointError: another process could not do its part.
@@ -52,7 +55,8 @@ def together(name: str, act: Callable[[], Result]) -> Result:
         if distributed.is_peer_loss(error):
             raise
         found, wrong = None, error
-    reasons = distributed.exchange(name, "" if wrong is None else reason(wrong))
+    mine = "" if wrong is None else reason(wrong)
+    reasons = distributed.exchange(name, mine, seconds)
     if wrong is not None:
         raise wrong
     for number, text in sorted(reasons.items()):

@@ -421,6 +421,19 @@ def test_best_pinned_and_every_so_many_stay(tmp_path):
         assert checkpointer.steps() == [1, 2, 4, 8, 9]
 
 
+def test_a_damaged_manifest_does_not_stop_the_deletion_of_old_ones(tmp_path):
+    keep = Retention(newest=1, best=1, metric="eval/kl")
+    with Checkpointer(tmp_path, keep=keep) as checkpointer:
+        for step in (1, 2, 3):
+            if step == 3:
+                checkpointer.wait()
+                _cut_manifest(tmp_path / "2")
+                checkpointer._evaluations.clear()
+            checkpointer.save(step, _state(), {"evaluation": {"eval/kl": -float(step)}})
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 3]
+
+
 def test_the_manifest_tells_the_bytes_of_what_grows_beside(tmp_path):
     lines = tmp_path / "metrics.jsonl"
     lines.write_text("12345\n")

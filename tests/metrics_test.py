@@ -2,6 +2,7 @@
 """The metric table, what the writer leaves on disk, and the progress display."""
 
 import ast
+import errno
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from nlhf_jax import metric_table, metrics, progress
+from nlhf_jax.checks import CheckpointError
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -139,6 +141,24 @@ def test_resuming_cuts_later_steps_and_a_torn_line(tmp_path):
     steps_K, values_K = metrics.read_metrics(tmp_path)["loss/token_nll"]
     np.testing.assert_array_equal(steps_K, [1, 2, 3, 4])
     np.testing.assert_array_equal(values_K, [1, 2, 3, -4])
+
+
+@pytest.mark.parametrize("act", ["write", "sync"])
+def test_what_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, act):
+    writer = metrics.MetricWriter(tmp_path, tensorboard=False)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    monkeypatch.setattr(writer, "_line", full)
+    arguments = (1, {"loss/token_nll": 1.0}) if act == "write" else ()
+    with pytest.raises(CheckpointError) as caught:
+        getattr(writer, act)(*arguments)
+    assert str(caught.value) == (
+        f"the metrics in {tmp_path} could not be written: No space left on device; the "
+        "same command resumes from the newest checkpoint"
+    )
 
 
 def test_a_run_from_the_start_starts_the_file_anew(tmp_path):

@@ -267,6 +267,70 @@ def test_kept_arrays_take_the_place_of_those_computed():
 # -------------------------------------------------------- configurations and seeds
 
 
+def test_a_run_that_keeps_the_best_is_played_and_what_is_owed_is_passed_over():
+    settings = LoopSettings(
+        train_steps=9,
+        batch_size=2,
+        checkpoint_period=2,
+        eval_period=2,
+        keep_best=1,
+        best_metric="eval/kl",
+        keep_every_steps=4,
+    )
+    played = replay.Played()
+    toy = runs.Training("toy", str, {}, lambda s, r: BATCH, dict, {}, None)
+    training, changed = replay._up_to(toy, settings, 5, {}, played)
+    assert (changed.train_steps, changed.keep_best) == (5, 0)
+    assert changed.keep_every_steps == 0
+    # Before the step's batch is asked for there is only an evaluation that is owed.
+    assert training.evaluate(None) == {}
+    played.batch = "the kept one"
+    with pytest.raises(replay._Done):
+        training.evaluate(None)
+
+
+def test_only_a_training_job_of_this_very_folder_is_called(tmp_path, monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def only(is_wanted):
+        asked.append(is_wanted)
+        yield
+
+    monkeypatch.setattr(gin_bindings, "only", only)
+    monkeypatch.setattr(gin_bindings, "load", lambda *_, **__: None)
+    monkeypatch.setattr(gin_bindings, "run", lambda job: None)
+    replay_command.rebuild(tmp_path / "copy", ["sft", "--gin_file=x.gin"])
+    (is_wanted,) = asked
+    assert is_wanted("sft", {"model_dir": str(tmp_path / "copy")})
+    for name, folder in (("sft", "original"), ("collect", "copy"), ("sft", "")):
+        assert not is_wanted(name, {"model_dir": str(tmp_path / folder)})
+
+
+def test_a_failure_that_cannot_be_kept_hides_nothing(tmp_path, one_device):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failures").write_text("a file in the way")
+    start = runs.initial_state(bad_params, "", 3, runs_test.make)
+    with pytest.raises(divergence.TrainingDiverged) as caught:
+        runs_test.run(tmp_path / "run", 5, initial_state=start)
+    assert "loss/token_nll is nan" in caught.value.sentence
+    assert "What the step was given is not in" in caught.value.sentence
+
+
+def test_a_home_that_nobody_has_is_a_plain_name(capsys):
+    assert cli.main(["replay", "~nosuch/x"]) == 2
+    assert "'~nosuch/x' must be a folder that a run wrote" in capsys.readouterr().err
+
+
+def test_a_seed_is_refused_before_anything_is_written(tmp_path, one_device):
+    runs_test.run(tmp_path, 2)
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="was trained with seed 0 up to step 2, got s"):
+        run_records.open_folder(str(tmp_path), 9)
+    assert listing(tmp_path) == before
+    run_records.open_folder(str(tmp_path), 0)
+
+
 def test_another_seed_is_refused(tmp_path, one_device, monkeypatch):
     runs_test.run(tmp_path, 2)
     run = runs.run
@@ -321,6 +385,7 @@ def test_a_run_under_another_configuration_says_so_and_keeps_the_first(
     assert opened("a.b = 1\n") == ""
     assert opened("a.b = 2\n") == ""  # there is no checkpoint: it begins anew
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5" / "manifest.json").touch()
     assert opened("a.b = 2\n") == ""
     said = opened("a.b = 3\n")
     assert said.count("\n") == 1 and "a.b 2 -> 3" in said and "config.1.gin" in said

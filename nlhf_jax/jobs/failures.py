@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -67,21 +68,32 @@ def kept_in(
             "working_folder": os.getcwd(),
             "versions": run_records.versions(),
         }
-        distributed.first_does("failure", lambda: _write(target, facts, batch))
+        mine = _unkept(target, facts, batch) if distributed.is_first() else ""
+        unkept = distributed.exchange("failure", mine)[0]
         last = (
             "there is no checkpoint yet"
             if latest is None
             else f"the last good checkpoint is {checkpointer.folder / str(latest)}"
         )
-        diverged.sentence = (
-            f"{name}: {diverged}; {last}. To see it again: nlhf replay {target}"
-        )
+        again = f"To see it again: nlhf replay {shlex.quote(str(target))}"
+        if unkept:
+            again = f"What the step was given is not in {target}: {unkept}"
+        diverged.sentence = f"{name}: {diverged}; {last}. {again}"
         diverged.args = (diverged.sentence,)
         raise
 
 
 def _spelled(values: Mapping[str, float]) -> dict[str, float | str]:
     return {k: v if np.isfinite(v) else str(float(v)) for k, v in values.items()}
+
+
+def _unkept(target: pathlib.Path, facts: Mapping[str, Any], batch: PyTree) -> str:
+    """Writes the folder; returns why it could not, "" if it could."""
+    try:
+        _write(target, facts, batch)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _write(target: pathlib.Path, facts: Mapping[str, Any], batch: PyTree) -> None:
@@ -111,7 +123,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
       UserError: it is none, or a file in it cannot be read.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = pathlib.Path(os.path.expanduser(folder))  # `~nobody` is a plain name to it
     if not (path / FACTS_FILE).is_file():
         raise UserError(
             f"{folder!r} must be a folder that a run wrote when its numbers were not "

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nlhf_jax import retention
 from nlhf_jax.checks import UserError
 from nlhf_jax.divergence import TrainingDiverged
 from nlhf_jax.jobs import failures, run_records, runs
@@ -80,6 +81,8 @@ def play(folder: str, rebuild: Callable[[pathlib.Path, Sequence[str]], None]) ->
             played.diverged = diverged
         except _Done:
             pass
+        except runs.Stopped:
+            raise KeyboardInterrupt from None
         else:
             raise UserError(
                 f"nlhf {' '.join(command)} does not train {str(model_dir)!r}"
@@ -102,12 +105,11 @@ def _in(working_folder: str) -> Iterator[None]:
 def _link_checkpoints(folder: pathlib.Path, stand_in: pathlib.Path, step: int) -> int:
     """Links the checkpoints before a step, and returns the newest one's step, or 0."""
     (stand_in / "checkpoints").mkdir()
-    newest = 0
-    for source in (folder / "checkpoints").glob("*"):
-        if source.name.isdecimal() and int(source.name) < step:
-            (stand_in / "checkpoints" / source.name).symlink_to(source)
-            newest = max(newest, int(source.name))
-    return newest
+    place = folder / "checkpoints"
+    earlier = [one for one in retention.committed(place) if one < step]
+    for one in earlier:
+        (stand_in / "checkpoints" / str(one)).symlink_to(place / str(one))
+    return max(earlier, default=0)
 
 
 def _up_to(
@@ -127,6 +129,8 @@ def _up_to(
         return mine
 
     def end(state: Any) -> dict[str, float]:
+        if not played.batch:
+            return {}  # the one that the checkpoint owes
         raise _Done
 
     changed = {
@@ -134,6 +138,8 @@ def _up_to(
         "checkpoint_period": step,
         "eval_period": 0,
         "profile_steps": (),
+        "keep_every_steps": 0,
+        "keep_best": 0,
     }
     return (
         dataclasses.replace(training, batches=batches, evaluate=end, alarms=None),

@@ -11,8 +11,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from nlhf_jax import distributed
+from nlhf_jax import checkpoints, distributed, retention
 from nlhf_jax.checks import UserError, check_local_folder
+from nlhf_jax.jobs import saves
 
 REPORTED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow")
 CONFIG_FILE = "config.gin"
@@ -68,20 +69,25 @@ def redirected(folder: pathlib.Path, instead: pathlib.Path) -> Iterator[None]:
         _instead = None
 
 
-def open_folder(model_dir: str) -> pathlib.Path:
+def open_folder(model_dir: str, seed: int | None = None) -> pathlib.Path:
     """Makes the output folder and writes `config.gin` and `versions.json` into it.
 
     Process 0 writes; all processes must see the folder, for they share checkpoints.
     Where the folder holds checkpoints of another configuration, one line says what has
     changed, and the configuration before is kept: `config.1.gin` is the first one.
 
+    Args:
+      model_dir: as the user named it.
+      seed: of a run that would continue what is there; None for a job without one.
+
     Raises:
-      UserError: the path is empty, is a file, cannot be written, or is not shared.
+      UserError: the path is empty, is a file, cannot be written, or is not shared, or
+        its checkpoints were trained with another seed; then nothing is written.
     """
     folder = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
     if _instead is not None:
         return _instead.get(folder.resolve(), folder)
-    distributed.first_does("folder", lambda: _describe_run(folder, model_dir))
+    distributed.first_does("folder", lambda: _describe_run(folder, model_dir, seed))
     distributed.all_do("shared folder", lambda: _check_seen(folder, model_dir))
     return folder
 
@@ -94,7 +100,9 @@ def _check_seen(folder: pathlib.Path, model_dir: str) -> None:
         )
 
 
-def _describe_run(folder: pathlib.Path, model_dir: str) -> None:
+def _describe_run(folder: pathlib.Path, model_dir: str, seed: int | None) -> None:
+    if seed is not None:
+        saves.check_seed_of_newest(folder, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder)
@@ -109,11 +117,12 @@ def _describe_run(folder: pathlib.Path, model_dir: str) -> None:
 
 def _write_config(folder: pathlib.Path) -> None:
     file, now = folder / CONFIG_FILE, operative_config()
-    steps = [f for f in (folder / "checkpoints").glob("*") if f.name.isdecimal()]
+    steps = retention.committed(folder / checkpoints.STEPS_FOLDER)
     before = file.read_text(encoding="utf-8") if steps and file.is_file() else ""
     changes = changed_bindings(before, now)
     if changes:
-        number = 1 + len(list(folder.glob("config.*.gin")))
+        names = [path.name.split(".")[1] for path in folder.glob("config.*.gin")]
+        number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
         kept = folder / f"config.{number}.gin"
         file.rename(kept)
         print(

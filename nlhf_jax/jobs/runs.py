@@ -24,7 +24,6 @@ from nlhf_jax import (
     stopping,
 )
 from nlhf_jax.alarms import AlarmSettings, WatchedWriter
-from nlhf_jax.checks import UserError
 from nlhf_jax.jobs import failures, saves, steps
 from nlhf_jax.jobs.first_states import InitialState, initial_state, required
 from nlhf_jax.jobs.run_records import (
@@ -261,18 +260,12 @@ def _progressed(
     """Returns what a checkpoint says besides its state; of step 0 there is none.
 
     Raises:
-      UserError: it was trained with another seed. Batches and random numbers are a
-        function of it, so some would come twice and others never.
+      UserError: it was trained with another seed.
     """
     if step == 0:
         return loop.Progressed()
     meta = checkpointer.read_meta(step)
-    if meta["seed"] != seed:
-        raise UserError(
-            f"{str(checkpointer.folder.parent)!r} was trained with seed {meta['seed']} "
-            f"up to step {step}, got seed {seed}: its batches would not go on from "
-            "there; name another MODEL_DIR, or that seed"
-        )
+    saves.check_seed(checkpointer.folder.parent, step, meta, seed)
     return loop.Progressed(**{name: meta[name] for name in loop.Progressed._fields})
 
 

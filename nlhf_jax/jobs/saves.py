@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoints: which are kept, and what each says of the run."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from nlhf_jax import checkpoints, distributed, manifests, metrics
-from nlhf_jax.checks import check_choice
+from nlhf_jax import checkpoints, distributed, manifests, metrics, retention
+from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.settings import LoopSettings
 
 
@@ -21,6 +22,42 @@ def check_best_metric(settings: LoopSettings) -> None:
     if settings.keep_best:
         known = [name for name in metrics.METRICS if name.startswith("eval/")]
         check_choice("best_metric", settings.best_metric, known)
+
+
+def check_seed(
+    folder: pathlib.Path, step: int, meta: Mapping[str, Any], seed: int
+) -> None:
+    """Checks that a checkpoint was trained with a seed.
+
+    Args:
+      folder: of the run.
+      step: of the checkpoint.
+      meta: what it says of the run.
+      seed: of the run that is to continue it.
+
+    Raises:
+      UserError: it was trained with another one. Batches and random numbers are a
+        function of it, so some would come twice and others never.
+    """
+    if meta.get("seed", seed) != seed:
+        raise UserError(
+            f"{str(folder)!r} was trained with seed {meta['seed']} up to step {step}, "
+            f"got seed {seed}: its batches would not go on from there; name another "
+            "MODEL_DIR, or that seed"
+        )
+
+
+def check_seed_of_newest(folder: pathlib.Path, seed: int) -> None:
+    """Checks the seed against the newest checkpoint of a run, if it has a readable one.
+
+    Raises:
+      UserError: as `check_seed`.
+    """
+    place = folder / checkpoints.STEPS_FOLDER
+    for step in retention.committed(place)[-1:]:
+        # What is damaged is named where it is restored.
+        with contextlib.suppress(CheckpointError):
+            check_seed(folder, step, manifests.read(place / str(step)), seed)
 
 
 def checkpointer(

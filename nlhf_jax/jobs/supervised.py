@@ -271,7 +271,7 @@ def _run_supervised(
         network.init, initial_checkpoint_path, seed, step.init_state
     )
     runs.check_layout(start, network.logical_axes, loop, mesh)
-    folder = runs.open_folder(model_dir)
+    folder = runs.open_folder(model_dir, seed)
     folders.describe(folder, description, vocabulary_path)
     runs.run(
         runs.Training(

@@ -101,7 +101,7 @@ def train(
         step.init_state,
     )
     runs.check_layout(start, network.logical_axes, loop, mesh)
-    folder = runs.open_folder(model_dir)
+    folder = runs.open_folder(model_dir, seed)
     folders.describe(folder, reference.description, reference.vocabulary_path)
     state = runs.run(
         runs.Training(
