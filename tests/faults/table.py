@@ -94,6 +94,10 @@ def write(table: str) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Plays rows and prints their table; 1 where a trial was not as promised."""
+    # As in tests/conftest.py: faults are put in on the CPU, whatever else is here.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("NPROC", "16")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true", help="the long form")
     parser.add_argument("--rows", default="", help="numbers, split at commas")
