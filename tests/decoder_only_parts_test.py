@@ -40,6 +40,7 @@ from tests.decoder_only_toys import (
     shape,
     turned,
 )
+from tests.memory_test import shapes_in
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -185,15 +186,6 @@ def test_losses_and_gradients_are_those_of_the_plain_pass(family, memory):
         found[1],
         known[1],
     )
-
-
-def shapes_in(jaxpr):
-    """Yields the shape of every value of a program and of those inside it."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield tuple(variable.aval.shape)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from shapes_in(inner)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4])
