@@ -45,9 +45,9 @@ def is_finite(array: Array) -> Bool[Array, ""]:
     """Whether no number of the array is NaN or infinite."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return jnp.asarray(True)
-    # Zero times a number is zero, and is not for NaN and the infinities. A sum is read
-    # in a quarter of the time that "all" takes.
-    return (_sum_of_first_axes(array * jnp.zeros((), array.dtype)) == 0).all()
+    # NaN and infinity come through a maximum, which is read in a quarter of the time
+    # that "all" takes.
+    return jnp.isfinite(jnp.max(jnp.abs(array), initial=0))
 
 
 def _sum_of_first_axes(array: Array) -> Array:

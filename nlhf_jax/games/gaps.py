@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.checks import UserError
 from nlhf_jax.games.methods import Game
+from nlhf_jax.games.products import product
 
 
 def gap(game: Game, policy_N: Float[Array, "N"]) -> Float[Array, ""]:
@@ -17,7 +18,7 @@ def gap(game: Game, policy_N: Float[Array, "N"]) -> Float[Array, ""]:
     max over y of P(y > pi) - 1/2 at tau = 0: `solutions.regularised_gap` and
     `solutions.exploitability` under jit and vmap; docs/math.md (9), (10).
     """
-    value_N = game.preference_NN @ policy_N
+    value_N = product(game.preference_NN, policy_N)
     is_soft = jnp.asarray(game.tau) > 0
     tau = jnp.where(is_soft, game.tau, 1.0)
     log_reference_N = jnp.log(game.reference_N)

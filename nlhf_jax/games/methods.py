@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from nlhf_jax.checks import UserError, check_range, nearest
 from nlhf_jax.games import folds
+from nlhf_jax.games.products import product
 from nlhf_jax.types import Schedule
 
 # The largest squared frequency at which a game of preferences turns: docs/math.md (25).
@@ -75,7 +76,7 @@ def payoff(game: Game, logits_N: Logits) -> Logits:
     """Returns P(y > opponent) for each y, against softmax(logits); docs/math.md (2)."""
     share_N = jnp.exp(logits_N - folds.largest(logits_N))
     # Divided after the product, so that the product need not wait for the sum.
-    return (game.preference_NN @ share_N) / folds.total(share_N)
+    return product(game.preference_NN, share_N) / folds.total(share_N)
 
 
 def blend(logits_N: Logits, magnet_N: Logits, weight: jax.Array | float) -> Logits:
