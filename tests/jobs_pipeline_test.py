@@ -496,6 +496,8 @@ def test_sample_says_when_a_prompt_was_cut(policy, capsys):
         ({"prompts_file": "nowhere"}, "'nowhere' does not exist"),
         ({"prompt": "a", "beta": 0.5}, "reference_checkpoint must name"),
         ({"prompt": "a", "beta": 1.5}, r"beta must be in \[0.0, 1.0\]"),
+        ({"prompt": "a", "mixture": {"nowhere": 0.5}}, "'nowhere' does not exist"),
+        ({"prompt": "a", "mixture": {"b": float("inf")}}, "weight of 'b' must be in"),
         ({"prompt": "a", "num_samples": 0}, "num_samples must be an integer"),
         ({"prompt": "a", "temperature": -1.0}, "temperature must be in"),
     ],

@@ -3,16 +3,10 @@
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import jax
-
-from nlhf_jax.checks import LARGEST_SEED, UserError, check_integer, check_range
-from nlhf_jax.data import batches as data_batches
-from nlhf_jax.jobs import generation
-from nlhf_jax.jobs.policies import load_policy
-from nlhf_jax.settings import SamplingSettings
-from nlhf_jax.types import POLICY, REFERENCE
+from nlhf_jax.checks import UserError, check_range
+from nlhf_jax.jobs.speakers import check_prompts, load_speaker, with_the_rest
 
 
 def sample(
@@ -27,6 +21,7 @@ def sample(
     max_decode_length: int = 0,
     reference_checkpoint: str = "",
     beta: float = 0.0,
+    mixture: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> None:
     """Prints a policy's responses, one a line.
@@ -42,13 +37,12 @@ def sample(
       max_decode_length: tokens at most; 0 takes the length of the model's training.
       reference_checkpoint: model folder of the reference, for a mixture.
       beta: weight of the reference in the mixture, in [0, 1].
+      mixture: more model folders -> their weights; the policy's is what is left to one.
       seed: of sampling.
 
     Raises:
       UserError: an empty prompt, a missing folder, or settings out of range.
     """
-    check_integer("num_samples", num_samples, 1)
-    check_range("seed", seed, -LARGEST_SEED, LARGEST_SEED)
     check_range("beta", beta, 0.0, 1.0)
     if beta and not reference_checkpoint:
         raise UserError(
@@ -56,34 +50,18 @@ def sample(
             "model folder, got ''"
         )
     texts = read_prompts(prompt, prompts_file)
-    policy = load_policy(checkpoint)
-    lengths = policy.description.feature_lengths
-    sampling = SamplingSettings(
-        max_decode_length or lengths["targets"], temperature, top_k, top_p
+    others = dict(mixture or {})
+    others[reference_checkpoint] = others.get(reference_checkpoint, 0.0) + beta
+    speaker = load_speaker(
+        with_the_rest(checkpoint, {k: w for k, w in others.items() if k}),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_decode_length=max_decode_length,
     )
-    param_sets, weights = {POLICY: policy.params}, {POLICY: 1.0}
-    if beta:
-        param_sets[REFERENCE] = load_policy(reference_checkpoint).params
-        weights = {POLICY: 1.0 - beta, REFERENCE: beta}
-    repeated = [text for text in texts for _ in range(num_samples)]
-    prompts, num_cut = data_batches.prompt_batch(
-        repeated, policy.vocabulary, lengths["inputs"]
-    )
-    if num_cut:
-        print(
-            f"nlhf: {num_cut // num_samples} prompt(s) longer than {lengths['inputs']} "
-            "tokens were truncated",
-            file=sys.stderr,
-        )
-    decode = generation.Generator(
-        policy.network,
-        policy.vocabulary,
-        speaker=generation.policy_speaker(sampling, weights),
-        max_decode_length=sampling.max_decode_length,
-        batch_size=len(repeated),
-    )
-    for text in decode(param_sets, prompts, jax.random.key(seed)).texts:
-        print(text)
+    for answers in speaker(texts, num_samples=num_samples, seed=seed):
+        for text in answers:
+            print(text)
 
 
 def read_prompts(prompt: str, prompts_file: str) -> Sequence[str]:
@@ -107,9 +85,7 @@ def read_prompts(prompt: str, prompts_file: str) -> Sequence[str]:
             raise UserError(f"prompts_file {prompts_file!r} is not UTF-8") from None
     else:
         texts = [sys.stdin.read() if prompt == "-" else prompt]
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise UserError(f"prompt {number} is empty")
     if not texts:
         raise UserError(f"prompts_file {prompts_file!r} is empty")
+    check_prompts(texts)
     return texts
