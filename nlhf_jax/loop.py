@@ -43,34 +43,40 @@ class Progressed(NamedTuple):
 class MetricSink(Protocol):
     """Takes one line of metrics: `write(step, {name: number})`.
 
-    `sync()`, where it has one, is called before a checkpoint: what was written must
-    then outlast the machine.
+    `sync()` is called before a checkpoint: what was written must then outlast the
+    machine.
     """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def sync(self) -> None: ...
 
 
 @runtime_checkable
 class ProgressSink(Protocol):
     """Shows how far the run is: `update(step, {name: number})`.
 
-    `say(text)`, where it has one, is told what else takes long.
+    `say(text)` is told what else takes long.
     """
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 @runtime_checkable
 class StateSink(Protocol):
     """Keeps states: `save(step, state, meta)`, and `wait()` until they are safe.
 
-    `retry_is_due(step)`, where it has one, asks for a save besides those that are due,
-    since one has failed; with several processes it gives the same answer in all.
+    `retry_is_due(done)` asks for a save besides those that are due, since one has
+    failed; with several processes it gives the same answer in all.
     """
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None: ...
 
     def wait(self) -> None: ...
+
+    def retry_is_due(self, done: int) -> bool: ...
 
 
 def _is_due(step: int, period: int, last: int) -> bool:
@@ -93,7 +99,7 @@ class _Reporter:
 
     def say(self, text: str) -> None:
         """Shows a sentence, where there is a place for it."""
-        getattr(self._progress, "say", _log.info)(text)
+        self._progress.say(text)
 
     def compile(self, *args: Any) -> None:
         """Compiles the step before it runs, where it can be asked to."""
@@ -240,7 +246,6 @@ def train_loop(
     window.check_start(start_step)
     stop = stopping.Request() if request is None else request
     own = contextlib.nullcontext() if request is not None else stop
-    retry_is_due = getattr(checkpointer, "retry_is_due", lambda done: False)
     with watchdog_of(settings) as dog, own, _all_saved(checkpointer, dog), window:
         stop.listen()
         if progressed.owes_evaluation and evaluate is not None:
@@ -269,10 +274,10 @@ def train_loop(
                     facts["evaluation"] = dict(evaluate(state))
                     writer.write(done, facts["evaluation"])
             is_due = asked_to_stop or _is_due(done, settings.checkpoint_period, last)
-            if is_due or retry_is_due(done):
+            if is_due or checkpointer.retry_is_due(done):
                 with reporter.idle():
                     dog.now("save", f"saving the checkpoint of step {done}")
-                    getattr(writer, "sync", bool)()
+                    writer.sync()
                     facts |= Progressed(reporter.skipped_steps, is_owed)._asdict()
                     checkpointer.save(done, state, facts)
             if asked_to_stop:

@@ -223,7 +223,12 @@ def take_part(folder: pathlib.Path, process: int) -> dict[str, Any]:
 
 
 def commit(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Makes a marked folder a checkpoint; a kill leaves it either marked or whole."""
+    """Makes a marked folder a checkpoint; a kill leaves it either marked or whole.
+
+    Raises:
+      OSError: it could not be written, or is not known to be on the disk; the folder is
+        marked.
+    """
     body = json.dumps({"format": FORMAT, **manifest}, indent=1).removesuffix("\n}")
     partial = folder / UNFINISHED_FILE
     with open(partial, "w", encoding="utf-8") as file:
@@ -231,8 +236,14 @@ def commit(folder: pathlib.Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST_FILE)
-    _sync(folder)
-    _sync(folder.parent)
+    try:
+        _sync(folder)
+        _sync(folder.parent)
+    except OSError:
+        # Nobody knows whether the name outlasts the machine: marked again, so that the
+        # save has failed for all who look, and can be tried again.
+        (folder / MANIFEST_FILE).rename(partial)
+        raise
 
 
 def _sync(path: pathlib.Path) -> None:

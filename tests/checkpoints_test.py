@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import checkpoints, manifests, saving
+from nlhf_jax import checkpoints, manifests, retention, saving
 from nlhf_jax.checkpoints import (
     Checkpointer,
     CheckpointError,
@@ -204,6 +204,21 @@ def test_a_write_that_cannot_begin_is_a_failed_one(tmp_path, monkeypatch):
     checkpointer.save(1, _state())
     with pytest.raises(CheckpointError, match=r"tmp.*/1 cannot be made: .*full"):
         checkpointer.close()
+
+
+def test_a_commit_that_failed_after_its_rename_is_tried_again(tmp_path, monkeypatch):
+    sync, failures = manifests._sync, [OSError(5, "Input/output error")]
+
+    def once(path):
+        if failures and path == tmp_path:
+            raise failures.pop()
+        sync(path)
+
+    monkeypatch.setattr(manifests, "_sync", once)
+    with Checkpointer(tmp_path, retry_seconds=0.0) as checkpointer:
+        checkpointer.save(3, _state(3))
+    assert not failures
+    assert retention.committed(tmp_path) == [3]
 
 
 def _raise(error):

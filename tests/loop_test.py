@@ -33,6 +33,15 @@ class Recorder:
     def update(self, step, metrics):
         self.calls.append(("update", step, dict(metrics)))
 
+    def sync(self):
+        pass
+
+    def say(self, text):
+        pass
+
+    def retry_is_due(self, done):
+        return False
+
     def save(self, step, state, meta):
         self.calls.append(("save", step, dict(meta)))
         self.states[step] = jax.device_get(state)

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlhf_jax import manifests
+from nlhf_jax import manifests, retention
 from nlhf_jax.checks import CheckpointError
 from tests import process_toys
 
@@ -201,6 +201,30 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
     manifests.commit(place, {"step": 5, "arrays": {}, "files": files})
     with pytest.raises(CheckpointError, match="outside its folder"):
         manifests.read(place)
+
+
+@pytest.mark.parametrize("which", ["folder", "its parent"])
+def test_a_name_that_may_not_last_is_taken_back(tmp_path, monkeypatch, which):
+    """A sync that fails after the rename is a failed save, which can be tried again."""
+    place = tmp_path / "5"
+    failing = place if which == "folder" else tmp_path
+    sync = manifests._sync
+
+    def fail(path):
+        if path == failing:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    manifests.begin(place)
+    monkeypatch.setattr(manifests, "_sync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        manifests.commit(place, {"step": 5, "arrays": {}, "files": {}})
+    assert manifests.is_leftover(place)
+    monkeypatch.undo()
+    retention.discard(tmp_path, 5)
+    manifests.begin(place)
+    manifests.commit(place, {"step": 5, "arrays": {}, "files": {}})
+    assert manifests.read(place)["step"] == 5
 
 
 def test_another_format_is_said(tmp_path, monkeypatch):

@@ -31,6 +31,9 @@ class Sinks:
     def write(self, step, metrics):
         self.lines.append((step, dict(metrics)))
 
+    def sync(self):
+        pass
+
     def update(self, step, metrics):
         pass
 
@@ -42,6 +45,9 @@ class Sinks:
 
     def wait(self):
         pass
+
+    def retry_is_due(self, done):
+        return False
 
 
 def counter(step: int = 0) -> TrainState:

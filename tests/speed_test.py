@@ -220,11 +220,17 @@ class Sinks:
     def write(self, step, metrics):
         self.lines.append((step, dict(metrics)))
 
+    def sync(self):
+        pass
+
     def save(self, step, state, meta):
         pass
 
     def wait(self):
         pass
+
+    def retry_is_due(self, done):
+        return False
 
 
 def loop_settings(**changes):

@@ -139,7 +139,13 @@ class _Silence:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
 

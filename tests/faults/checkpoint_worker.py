@@ -80,8 +80,14 @@ class Shown:
     def write(self, step, metrics):
         pass
 
+    def sync(self):
+        pass
+
     def update(self, step, metrics):
         print(f"step {step}", file=sys.stderr, flush=True)
+
+    def say(self, text):
+        pass
 
 
 def train_on_a_full_disk(folder, kind, how_long):
