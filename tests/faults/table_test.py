@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row of the table of faults in its short form, and the table's own parts."""
 
+import dataclasses
+import json
+
 import pytest
 
 from tests.faults import table
@@ -50,7 +53,9 @@ def test_a_failure_and_an_exception_stand_in_the_table():
         return Trial("" if seed else "first line\nwrong numbers")
 
     row = Row(91, "goal", "fault", 1, 3, fail, "none lost")
-    trials, _ = table.play(row, 3)
+    kept = table.Kept()
+    table.play(row, 3, kept)
+    trials = kept.trials(row)
     assert [bool(trial.failure) for trial in trials] == [True, True, False]
     line = table.line(row, trials)
     assert "1 of 3" in line and "wrong numbers" in line
@@ -67,6 +72,45 @@ def test_the_form_says_how_many_trials(words, count, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert f"| {count} | {count} of {count} |" in out
     assert f"trial {count}/{count}" in err
+
+
+def test_a_table_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def trial(seed, folder):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(seed)
+        return Trial(figures={"seed": seed})
+
+    rows = [
+        dataclasses.replace(toy(limits={}), number=number, trial=trial, long=2)
+        for number in (90, 91)
+    ]
+    monkeypatch.setattr(table, "all_rows", lambda: rows)
+    words = ["--long", f"--json={tmp_path / 'trials.json'}"]
+    with pytest.raises(KeyboardInterrupt):
+        table.main(words)
+    assert made == [0, 1, 0]
+    rows[1] = dataclasses.replace(rows[1], trial=lambda seed, _: Trial(f"bad {seed}"))
+    assert table.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "| 90 | goal | fault | 2 | 2 of 2 | seed: median 0.5, max 1 |" in out
+    assert "| 91 | goal | fault | 2 | 1 of 2 | seed: median 0, max 0 |" in out
+    assert "bad 1" in out and "row 91 trial 1/2: ok" in err
+    # A part of the rows still prints all that are there.
+    assert table.main(["--rows=90", words[1]]) == 1
+    assert "| 91 | goal |" in capsys.readouterr().out
+
+
+def test_a_table_of_several_days_says_so(tmp_path):
+    file = tmp_path / "trials.json"
+    trial = {"failure": "", "figures": {}}
+    days = ["2026-11-22", "2026-11-20", "2026-11-21"]
+    file.write_text(json.dumps({"90": [trial | {"day": day} for day in days]}))
+    assert table.conditions(table.Kept(str(file))).startswith(
+        "20 November 2026 to 22 November 2026, "
+    )
 
 
 def test_the_table_is_put_between_its_marks(tmp_path, monkeypatch):
