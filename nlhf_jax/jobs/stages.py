@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from nlhf_jax.checks import check_choice
+from nlhf_jax.checks import UserError, check_choice
 
 STARTS = ("sft", "reward")
 Stage = Callable[..., None]
@@ -15,31 +15,35 @@ def first_stages(
     where: Mapping[str, str],
     feedback: str,
     *,
-    sft: Stage,
+    sft: Stage | None,
     collect: Stage | None,
     preference: Stage,
-    reward: Stage,
+    reward: Stage | None,
     judge_checkpoint: str = "",
     preference_starts_from: str = "sft",
 ) -> dict[str, Callable[[], None]]:
-    """Returns SFT, votes and both judges, in the order they need each other.
+    """Returns SFT, votes and the judges, in the order they need each other.
 
     Args:
       where: "sft", "preference" and "reward" -> model folder.
       feedback: folder of the comparisons that `collect` writes.
-      sft: fine-tunes the reference policy.
+      sft: fine-tunes the reference policy; None where it is in its folder already.
       collect: writes comparisons labelled by sampled votes; None where the judges'
         own data holds comparisons.
       preference: trains the preference model.
-      reward: trains the reward model.
+      reward: trains the reward model; None for none.
       judge_checkpoint: where the judges start; empty is the SFT policy.
       preference_starts_from: "sft", as the reward model, or "reward": the preference
         model goes on from the reward model.
 
     Raises:
-      UserError: another `preference_starts_from`.
+      UserError: another `preference_starts_from`, or "reward" without one.
     """
     check_choice("preference_starts_from", preference_starts_from, STARTS)
+    if preference_starts_from == "reward" and reward is None:
+        raise UserError(
+            "preference_starts_from 'reward' needs a reward stage, got None"
+        )
 
     def judge(job: Stage, kind: str, start: str) -> Callable[[], None]:
         return lambda: job(
@@ -51,17 +55,17 @@ def first_stages(
     start = judge_checkpoint or where["sft"]
     first = where["reward"] if preference_starts_from == "reward" else start
 
-    votes = {
-        "votes": lambda: collect(model_dir=feedback, policy_checkpoint=where["sft"])
-    }
-    return (
-        {"SFT": lambda: sft(model_dir=where["sft"])}
-        | (votes if collect else {})
-        | {
-            "reward model": judge(reward, "reward", start),
-            "preference model": judge(preference, "preference", first),
-        }
-    )
+    found: dict[str, Callable[[], None]] = {}
+    if sft:
+        found["SFT"] = lambda: sft(model_dir=where["sft"])
+    if collect:
+        found["votes"] = lambda: collect(
+            model_dir=feedback, policy_checkpoint=where["sft"]
+        )
+    if reward:
+        found["reward model"] = judge(reward, "reward", start)
+    found["preference model"] = judge(preference, "preference", first)
+    return found
 
 
 def policy_stage(
@@ -72,7 +76,7 @@ def policy_stage(
         model_dir=model_dir,
         reference_checkpoint=where["sft"],
         preference_checkpoint=where["preference"],
-        reward_checkpoint=where["reward"],
+        reward_checkpoint=where.get("reward", ""),
     )
 
 
