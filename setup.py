@@ -23,6 +23,7 @@ REQUIRED = [
     "jaxtyping>=0.3.0",
     "jinja2>=3.1",
     "matplotlib>=3.9",
+    "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.4",
@@ -33,16 +34,18 @@ REQUIRED = [
     "sentencepiece>=0.2.1",
     "seqio>=0.0.20",
     "tensorboard>=2.20",
+    "tensorstore>=0.1.75",
     "tensorflow>=2.21,<2.22",
     "tensorflow-datasets>=4.9.10",
     "tensorflow-text>=2.21,<2.22",
+    "tokenizers>=0.22",
     "tqdm>=4.66",
     "xxhash>=3.5",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
     "gpu": ["jax[cuda12]>=0.10.0"],
-    "hf": ["transformers>=5"],
+    "hf": ["gguf>=0.17", "peft>=0.17", "torch>=2.6", "transformers>=5"],
     "test": [
         "beartype>=0.22",
         "hypothesis>=6.100",

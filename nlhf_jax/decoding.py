@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nlhf_jax import mixture
@@ -19,6 +20,7 @@ from nlhf_jax.sequences import response_mask
 from nlhf_jax.types import (
     Cache,
     LanguageModel,
+    Params,
     ParamSets,
     PromptBatch,
     Responses,
@@ -42,8 +44,24 @@ class _Row(NamedTuple):
 
 class _Carry(NamedTuple):
     step: jax.Array
-    caches: dict[str, Cache]
+    caches: tuple[Cache, ...]
     rows: tuple[_Row, ...]
+
+
+class _Reader(NamedTuple):
+    """Parameters that step together, and what their rows are of each prompt.
+
+    Attributes:
+      params: under which the prompts are read, once for each of `num_sets`.
+      stepping: under which tokens are, one row for each of `slots`.
+      num_sets: parameter sets in it; 1 unless the model can join several.
+      slots: (parameter set, its number in this reader, speaker) of a prompt's rows.
+    """
+
+    params: Params
+    stepping: Params
+    num_sets: int
+    slots: tuple[tuple[str, int, int], ...]
 
 
 def draw(
@@ -121,18 +139,18 @@ def sample(
     Raises:
       UserError: a speaker's fixed weights do not sum to one.
     """
-    users = _users(speakers)
+    readers = _readers(model, param_sets, _users(speakers))
     weights = [mixture.speaker_weights(speaker, step) for speaker in speakers]
     keys = jax.random.split(key, len(speakers))
-    rows, caches = _begin(model, param_sets, users, speakers, prompts, max_length)
-    ready = {name: model.for_decoding(param_sets[name]) for name in users}
+    rows, caches = _begin(model, readers, speakers, prompts, max_length)
+    ready = [model.for_decoding(reader.stepping) for reader in readers]
 
     def is_running(carry: _Carry) -> jax.Array:
         ended = [row.has_ended_B.all() for row in carry.rows]
         return (carry.step < max_length) & ~jnp.all(jnp.stack(ended))
 
     def advance(carry: _Carry) -> _Carry:
-        logits, caches = _step_sets(model, ready, users, carry)
+        logits, caches = _step_sets(model, ready, readers, carry)
         rows = tuple(
             _write(
                 model,
@@ -165,13 +183,38 @@ def _users(speakers: Sequence[Speaker]) -> dict[str, list[int]]:
     return users
 
 
-def _begin(model, param_sets, users, speakers, prompts, max_length):
+def _readers(model, param_sets, users: dict[str, list[int]]) -> list[_Reader]:
+    """Returns one reader per parameter set, or one for all if the model joins them."""
+
+    def slots(number: int, name: str) -> tuple[tuple[str, int, int], ...]:
+        return tuple((name, number, index) for index in users[name])
+
+    if model.join is None:
+        return [
+            _Reader(param_sets[name], param_sets[name], 1, slots(0, name))
+            for name in users
+        ]
+    rows = sum((slots(number, name) for number, name in enumerate(users)), ())
+    return [
+        _Reader(
+            model.join([param_sets[name] for name in users]),
+            model.join([param_sets[name] for name, _, _ in rows]),
+            len(users),
+            rows,
+        )
+    ]
+
+
+def _begin(model, readers, speakers, prompts, max_length):
     batch, shape = prompts.tokens_BS.shape[0], (prompts.tokens_BS.shape[0], max_length)
-    caches, start_B = {}, None
-    for name, indices in users.items():
-        start_B, cache = model.prefill(param_sets[name], prompts, max_length)
+    caches, start_B = [], None
+    for reader in readers:
         # The prompt is read once per set; its speakers share what was read.
-        caches[name] = _repeat(cache, len(indices))
+        read = _gather(prompts, [0] * reader.num_sets, 1)
+        start_R, cache = model.prefill(reader.params, read, max_length)
+        start_B = start_R.reshape(batch, -1)[:, 0]
+        numbers = [number for _, number, _ in reader.slots]
+        caches.append(_gather(cache, numbers, reader.num_sets))
     dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
     rows = tuple(
         _Row(
@@ -183,29 +226,41 @@ def _begin(model, param_sets, users, speakers, prompts, max_length):
         )
         for speaker in speakers
     )
-    return rows, caches
+    return rows, tuple(caches)
 
 
-def _repeat(cache: Cache, times: int) -> Cache:
-    """Repeats every row in place: row r of the result is row r // times.
+def _gather(rows: Cache, numbers: Sequence[int], each: int) -> Cache:
+    """Returns some of the `each` rows that a prompt has, in the order of `numbers`.
 
     A prompt's rows stay beside each other, so that a batch split over devices by rows
     stays where it is; copies laid end to end would send every cache to every device.
     """
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), cache)
+    if list(numbers) == list(range(each)):
+        return rows
+    if each == 1:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, len(numbers), axis=0), rows)
+
+    def one(leaf):
+        leaf = leaf.reshape(-1, each, *leaf.shape[1:])[:, np.array(numbers)]
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(one, rows)
 
 
-def _step_sets(model, param_sets, users, carry):
+def _step_sets(model, ready, readers, carry):
     """Steps every parameter set once; returns its logits by speaker, and caches."""
-    logits, caches = {}, {}
-    for name, indices in users.items():
-        last_BN = jnp.stack([carry.rows[i].last_B for i in indices], axis=1)
-        logits_RV, caches[name] = model.decode_step(
-            param_sets[name], carry.caches[name], last_BN.reshape(-1), carry.step
+    logits: dict[str, dict[int, jax.Array]] = {}
+    caches = []
+    for params, reader, cache in zip(ready, readers, carry.caches, strict=True):
+        last_BN = jnp.stack([carry.rows[i].last_B for _, _, i in reader.slots], axis=1)
+        logits_RV, cache = model.decode_step(
+            params, cache, last_BN.reshape(-1), carry.step
         )
+        caches.append(cache)
         logits_BNV = logits_RV.reshape(*last_BN.shape, -1)
-        logits[name] = {i: logits_BNV[:, n] for n, i in enumerate(indices)}
-    return logits, caches
+        for place, (name, _, index) in enumerate(reader.slots):
+            logits.setdefault(name, {})[index] = logits_BNV[:, place]
+    return logits, tuple(caches)
 
 
 def _write(model, speaker, logits, weights, key, row: _Row, step) -> _Row:

@@ -30,6 +30,7 @@ SETTINGS = (
     settings.T5Settings,
     DecoderOnlySettings,
     settings.DataSettings,
+    settings.LoraSettings,
     settings.OptimizerSettings,
     settings.SamplingSettings,
     settings.LoopSettings,

@@ -18,7 +18,7 @@ from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.types import Params
 
 PARAMS_FILE = "params.safetensors"
-_HEADER = "nlhf_jax"
+HEADER = "nlhf_jax"  # name of our facts in the metadata of a file
 
 
 def names_of(tree: PyTree) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def save_params(
         arrays[name] = np.ascontiguousarray(array)
     header = {**(metadata or {}), "sha256": _digest(arrays)}
     partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(arrays, partial, {_HEADER: json.dumps(header)})
+    safetensors.numpy.save_file(arrays, partial, {HEADER: json.dumps(header)})
     partial.rename(path)
     return path
 
@@ -107,7 +107,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 def read_params_metadata(path: str | pathlib.Path) -> dict[str, Any]:
     """Returns the facts in the header of a file that `save_params` wrote."""
     with safetensors.safe_open(path, framework="numpy") as file:
-        return json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        return json.loads((file.metadata() or {}).get(HEADER, "{}"))
 
 
 def read_params_file(

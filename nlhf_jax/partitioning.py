@@ -39,6 +39,7 @@ RULES = (
     ("layers", None),
     ("stack", None),
     ("mlp_activations", None),
+    ("lora_rank", None),
 )
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]

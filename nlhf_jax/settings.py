@@ -23,6 +23,7 @@ class T5Settings:
       logits_via_embedding: tied output (1.0) or a dense layer of its own (1.1).
       dropout_rate: probability of dropping, in [0, 1); used in supervised steps only.
       dtype: dtype of the activations; parameters and logits stay float32.
+      bias_in_each_layer: a relative bias in each layer (umT5), not one for a stack.
     """
 
     vocab_size: int
@@ -36,6 +37,7 @@ class T5Settings:
     logits_via_embedding: bool = False
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    bias_in_each_layer: bool = False
 
     def __post_init__(self):
         for name in (
@@ -85,6 +87,46 @@ class MemorySettings:
         check_integer("num_vocab_chunks", self.num_vocab_chunks, 1)
         check_choice("compute_dtype", self.compute_dtype, ("", "float32", "bfloat16"))
         check_choice("frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters: W + scale A B is trained by A and B alone, and W stays.
+
+    A [inputs, rank] starts uniform in +-1 / sqrt(inputs) and B [rank, outputs] at 0, so
+    that a run starts at its base.
+
+    Source: Hu et al., 2021, arXiv 2106.09685; `rank_stabilized`: Kalajdzievski, 2023,
+    arXiv 2312.03732.
+
+    Attributes:
+      rank: r, columns of A, >= 1.
+      alpha: the scale is alpha / rank, > 0.
+      targets: names of the modules whose kernels are adapted, wherever they stand:
+        query, key, value and out of attention, wi_0, wi_1 (wi in T5 1.0) and wo of the
+        feed-forward blocks.
+      rank_stabilized: the scale is alpha / sqrt(rank).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+    rank_stabilized: bool = False
+
+    def __post_init__(self):
+        check_integer("rank", self.rank, 1)
+        check_range("alpha", self.alpha, 0.0, low_open=True, high_open=True)
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if not self.targets:
+            raise UserError("targets must name at least one module, got ()")
+        for name in self.targets:
+            if self.targets.count(name) > 1:
+                raise UserError(f"targets names {name!r} twice")
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +305,8 @@ class DataSettings:
         seqio task or mixture the user has registered.
       task_feature_lengths: {"inputs": S, "targets": T}, the longest prompt and response
         in tokens, the end token included.
-      vocabulary_path: a SentencePiece model; "byte" for the byte vocabulary; "" for the
-        4,096 pieces trained on the docstrings.
+      vocabulary_path: a SentencePiece model or a `tokenizer.json`; "byte" for the byte
+        vocabulary; "" for the 4,096 pieces trained on the docstrings.
       cache_dir: where corpora are prepared; "" for $NLHF_CACHE, else
         ~/.cache/nlhf_jax.
       data_dir: folder of a prepared corpus to keep whatever becomes of the environment
@@ -275,6 +317,10 @@ class DataSettings:
       evaluation_file: JSON lines to evaluate on; "" holds groups of train_file out.
       group_field: field of the JSON lines whose values are held out as wholes.
       evaluation_share: share of groups held out without an evaluation_file, in (0, 1).
+      chat_template: what makes a user's turn of a prompt: "" nothing does, "model" the
+        template in the model's folder, "auto" that one if there is one, or a file with
+        a template.
+      system_prompt: what the template says before the user's turn; "" for nothing.
     """
 
     mixture_or_task_name: str
@@ -287,6 +333,8 @@ class DataSettings:
     evaluation_file: str = ""
     group_field: str = ""
     evaluation_share: float = 0.2
+    chat_template: str = ""
+    system_prompt: str = ""
 
     def __post_init__(self):
         if not self.mixture_or_task_name:

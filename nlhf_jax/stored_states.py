@@ -166,7 +166,7 @@ def load_params(
     source = pathlib.Path(path).expanduser().absolute()
     if not source.exists():
         raise UserError(f"checkpoint {str(path)!r} does not exist")
-    candidates = _param_sources(source)
+    candidates = param_sources(source)
     if not candidates:
         raise UserError(
             f"{str(path)!r} holds no checkpoint: expected a folder of steps, a step "
@@ -204,7 +204,7 @@ def _load_one(
     return global_arrays.put(jax.tree.map(_to_float32_host, params), shardings)
 
 
-def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
+def param_sources(source: pathlib.Path) -> list[pathlib.Path]:
     """Returns files and step folders to try, in order; empty if there are none."""
     if source.is_file() or manifests.is_complete(source):
         return [source]
@@ -215,10 +215,10 @@ def _param_sources(source: pathlib.Path) -> list[pathlib.Path]:
     if (source / PARAMS_FILE).is_file():
         return [source / PARAMS_FILE]
     inner = source / STEPS_FOLDER
-    return _param_sources(inner) if inner.is_dir() else []
+    return param_sources(inner) if inner.is_dir() else []
 
 
-def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
+def stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
     """Returns the tree of shapes and dtypes of a stored state, reading no array."""
     metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_folder / STATE))
     return jax.tree.map(
@@ -226,12 +226,34 @@ def _stored_arrays(step_folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
+def read_stored_array(step_folder: pathlib.Path, name: str, leaf: Any) -> np.ndarray:
+    """Returns one of a policy's parameters in a step's folder, and reads no other.
+
+    Args:
+      step_folder: of the step.
+      name: the parameter's path, `a/b/c`.
+      leaf: its shape and dtype.
+    """
+    wanted: dict[str, Any] = leaf
+    for part in reversed(["param_sets", POLICY, *name.split("/")]):
+        wanted = {part: wanted}
+    restore_args = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), wanted
+    )
+    args = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=restore_args, partial_restore=True
+    )
+    place = epath.Path(step_folder / STATE)
+    (found,) = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(place, args=args))
+    return found
+
+
 def _read_params(
     source: pathlib.Path, like: Params | None, shardings: PyTree | None = None
 ) -> dict[str, Any]:
     if source.is_file():
         return read_params_file(source, like)
-    stored = _stored_arrays(source)
+    stored = stored_arrays(source)
     abstract = {"param_sets": {POLICY: stored["param_sets"][POLICY]}}
     if like is not None:
         check_same_arrays(

@@ -17,7 +17,7 @@ an entry counts. All log-probabilities are in nats and float32.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,23 @@ Schedule = Callable[[jax.Array | int], jax.Array | float]
 
 POLICY = "params"
 REFERENCE = "reference"
+BASE = "base"
+
+
+class Adapted(NamedTuple):
+    """Parameters with low-rank adapters on: W + A B in place of each adapted W.
+
+    Every function of a `LanguageModel` takes one where it takes parameters.
+
+    Attributes:
+      base: the parameters W, which are shared and never changed.
+      adapters: `lora_a` [.., D, r] and `lora_b` [.., r, F] for the arrays [.., D, F]
+        that are adapted, their scale already in `lora_b`; {} is the base itself. With
+        one more axis N in front, row k of a decode has the adapters k mod N.
+    """
+
+    base: Params
+    adapters: PyTree
 
 
 class PromptBatch(NamedTuple):
@@ -158,6 +175,9 @@ class LanguageModel(NamedTuple):
       eos_id: id that ends a response.
       for_decoding: parameters -> parameters as `decode_step` wants them, made once
         before a decode and not once a token: gathered from devices, say, or cast.
+      join: N sets -> one value under which row k of a prefill or a decode is read by
+        set k mod N, in one pass over what the sets share; None where they share
+        nothing.
     """
 
     init: Callable[[jax.Array], Params]
@@ -171,6 +191,7 @@ class LanguageModel(NamedTuple):
     pad_id: int
     eos_id: int
     for_decoding: Callable[[Params], Params] = lambda params: params
+    join: Callable[[Sequence[Params]], Params] | None = None
 
 
 class PreferenceModel(NamedTuple):

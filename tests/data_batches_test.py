@@ -9,6 +9,7 @@ import pytest
 
 from nlhf_jax.checks import UserError
 from nlhf_jax.data import batches, docstrings, jsonl, tasks, vocabularies
+from nlhf_jax.data import order as data_order
 from nlhf_jax.settings import DataSettings
 from nlhf_jax.types import ComparisonBatch, PromptBatch, Responses, SupervisedBatch
 
@@ -127,7 +128,7 @@ def test_wrong_vocabularies_are_user_errors(tmp_path, byte_vocabulary):
         vocabularies.check_vocabulary(byte_vocabulary, 258)
 
 
-def test_vocabulary_without_padding_at_zero_is_refused(tmp_path, corpus):
+def test_vocabulary_without_an_end_is_refused(tmp_path, corpus):
     import sentencepiece
 
     path = tmp_path / "other.model"
@@ -136,9 +137,10 @@ def test_vocabulary_without_padding_at_zero_is_refused(tmp_path, corpus):
             sentence_iterator=iter([pair.prompt for pair in corpus.pairs]),
             model_writer=file,
             vocab_size=60,
+            eos_id=-1,
             minloglevel=2,
         )
-    with pytest.raises(UserError, match=r"must have padding at id 0.*got pad_id -1"):
+    with pytest.raises(UserError, match=r"must have an end token, got eos_id -1"):
         vocabularies.load_vocabulary(str(path))
 
 
@@ -165,7 +167,7 @@ def test_order_is_a_function_of_seed_and_step():
     order = lambda *a: batches.example_order(*a)[1].tolist()  # noqa: E731
     first = order(3, 11, 4, 50)
     order(8, 0, 4, 50)
-    batches._permutation.cache_clear()
+    data_order._permutation.cache_clear()
     assert order(3, 11, 4, 50) == first
     assert order(4, 11, 4, 50) != first
     # Independent epochs: 20! orders, so equal ones would be no accident.

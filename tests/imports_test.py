@@ -45,15 +45,31 @@ LAYERS = (
             "optimizers": ("optax",),
             "models": ("flax",),
             "data": (
+                "jinja2",
                 "sentencepiece",
                 "seqio",
                 "tensorflow",
                 "tensorflow_datasets",
+                "tokenizers",
                 "tqdm",
             ),
         },
     ),
-    (3, {"preferences": ("flax", "httpx"), "scale": (), "conversion": ()}),
+    (3, {"preferences": ("flax", "httpx"), "scale": ()}),
+    (
+        3,
+        {
+            "conversion": (
+                "gguf",
+                "msgpack",
+                "sentencepiece",
+                "tensorstore",
+                "tokenizers",
+                "torch",
+                "transformers",
+            )
+        },
+    ),
     (3, {"flops": ()}),
     (4, {"algorithms": (), "collapse": (), "guards": ()}),
     (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),

@@ -97,7 +97,7 @@ def test_lock_reads_back():
 
 
 def test_everything_imported_is_declared(declared):
-    optional = {"transformers"}
+    optional = {"gguf", "torch", "transformers"}
     assert imported() - required(declared) - optional == set()
 
 
@@ -174,7 +174,8 @@ def test_lock_is_whole_on_both_pythons(declared, python):
     }
     assert set(wanted(declared)) <= here
     elsewhere = set(lock_entries()) - here
-    assert elsewhere <= {"colorama", "nest-asyncio"}  # Windows
+    # For Windows, and for Python in a browser.
+    assert elsewhere <= {"colorama", "nest-asyncio", "httpx2-jsfetch"}
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +245,13 @@ def test_installed_wheel_finds_its_configs(wheel, tmp_path):
 def test_a_clone_finds_its_configs():
     assert gin_files.REPOSITORY == ROOT
     assert (gin_files.REPOSITORY / "configs" / "runs" / "quickstart.gin").is_file()
+
+
+def test_the_lock_of_transformers_adds_what_the_extra_needs_and_no_more():
+    def pinned(file):
+        text = (ROOT / file).read_text()
+        return set(re.findall(r"(?m)^([A-Za-z0-9_.-]+)==", text))
+
+    base, added = pinned("requirements.lock"), pinned("requirements-hf.lock")
+    assert not base & added
+    assert {"gguf", "peft", "torch", "transformers"} <= added

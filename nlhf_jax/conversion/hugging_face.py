@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's names of decoder-only parameters, as one table; arrays in and out.
+"""Hugging Face's names of parameters, as tables; tensors in and out.
 
-Both sides hold the same numbers. Theirs are flat dicts of arrays by dotted names, with
-projections stored outputs first; ours are nested dicts with kernels (inputs, outputs).
-Everything is numpy; nothing here reads or writes a file.
+Both sides hold the same numbers. Theirs are flat, by dotted names, with projections
+stored outputs first; ours are named by paths, with kernels (inputs, outputs). Nothing
+here reads a tensor, save two that must be equal.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from nlhf_jax.checks import UserError, nearest
-from nlhf_jax.decoder_settings import DecoderOnlySettings
+from nlhf_jax.conversion import t5_names
+from nlhf_jax.conversion.shapes import flat, parameter_shapes
+from nlhf_jax.conversion.tensors import Tensor, turned
+from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 
-# Ours -> theirs; LAYER stands for a layer's number. A kernel is transposed.
+# Ours -> theirs of decoder-only models. A kernel is transposed.
 OUTSIDE = {
     "token_embedder/embedding": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",
@@ -41,10 +44,14 @@ POST_NORMS = NORMS | {
     "pre_mlp_norm": "pre_feedforward_layernorm",
     "post_mlp_norm": "post_feedforward_layernorm",
 }
+# Ends of names in old files: numbers that follow from the configuration.
+COMPUTED = (".rotary_emb.inv_freq", ".self_attn.masked_bias", ".self_attn.bias")
 
 
-def their_name(path: str, settings: DecoderOnlySettings) -> str:
+def their_name(path: str, settings: ModelSettings) -> str:
     """Returns Hugging Face's name of one of our parameters, by its `a/b/c` path."""
+    if not isinstance(settings, DecoderOnlySettings):
+        return t5_names.their_name(path, settings)
     if path in OUTSIDE:
         return OUTSIDE[path]
     layer, _, rest = path.partition("/")
@@ -54,72 +61,43 @@ def their_name(path: str, settings: DecoderOnlySettings) -> str:
     return f"model.{layer.replace('_', '.')}.{names[module]}.{end}"
 
 
-def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dicts by their `a/b/c` paths."""
-    leaves = {}
-    for name, value in tree.items():
-        path = f"{before}{name}"
-        if isinstance(value, Mapping):
-            leaves |= flat(value, f"{path}/")
-        else:
-            leaves[path] = value
-    return leaves
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dicts that `flat` made flat."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = leaf
-    return tree
-
-
-def _turned(path: str, array: np.ndarray) -> np.ndarray:
-    """Returns an array in the other side's layout; twice is once and back."""
-    return array.T if path.endswith("/kernel") else array
+def _in_other_layout(path: str, tensor: Tensor) -> Tensor:
+    """Returns a tensor in the other side's layout; twice is once and back."""
+    return turned(tensor) if t5_names.is_turned(path) else tensor
 
 
 def to_hugging_face(
-    params: Mapping[str, Any], settings: DecoderOnlySettings
-) -> dict[str, np.ndarray]:
-    """Returns our parameters under their names, in their layout; nothing is copied."""
+    tensors: Mapping[str, Tensor], settings: ModelSettings
+) -> dict[str, Tensor]:
+    """Returns our tensors, by path, under their names and in their layout."""
     return {
-        their_name(path, settings): _turned(path, np.asarray(leaf))
-        for path, leaf in flat(params).items()
+        their_name(path, settings): _in_other_layout(path, tensor)
+        for path, tensor in tensors.items()
     }
 
 
 def from_hugging_face(
-    tensors: Mapping[str, np.ndarray],
-    settings: DecoderOnlySettings,
-    shapes: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns their parameters as ours, in their dtype; nothing is copied.
+    tensors: Mapping[str, Tensor], settings: ModelSettings
+) -> dict[str, Tensor]:
+    """Returns their tensors, by name, under our paths and in our layout.
 
-    With tied outputs a `lm_head.weight` may be there, if it is the embedding.
+    What is there twice (an output layer that is the embedding) must be equal, and what
+    follows from the configuration (waves of rotary positions) is left out.
 
     Args:
-      tensors: arrays by name.
+      tensors: by their names.
       settings: the network.
-      shapes: our parameters, abstract or not (`jax.eval_shape(init, key)`).
 
     Raises:
       UserError: names the first tensor that is missing, not known, or of another shape.
     """
-    wanted = {their_name(path, settings): path for path in flat(shapes)}
-    tensors = dict(tensors)
-    head, table = OUTSIDE["logits_dense/kernel"], OUTSIDE["token_embedder/embedding"]
-    if settings.tied_output and head in tensors and table in tensors:
-        if not np.array_equal(tensors[head], tensors[table]):
-            raise UserError(
-                f"tensor {head} must equal {table}, since the output is tied to the "
-                "embedding; it does not"
-            )
-        del tensors[head]
+    shapes = flat(parameter_shapes(settings))
+    wanted = {their_name(path, settings): path for path in shapes}
+    table = their_name("token_embedder/embedding", settings)
+    tensors = {name: t for name, t in tensors.items() if not _is_left_out(name)}
+    for name in ("lm_head.weight", *t5_names.EMBEDDINGS):
+        if name in tensors and name not in wanted and table in tensors:
+            _check_same(name, tensors.pop(name), table, tensors[table])
     for name in wanted:
         if name not in tensors:
             raise UserError(f"tensor {name} is missing{nearest(name, tensors)}")
@@ -128,17 +106,31 @@ def from_hugging_face(
             raise UserError(
                 f"tensor {name} has no place in this network{nearest(name, wanted)}"
             )
-    ours = {path: _turned(path, tensors[name]) for name, path in wanted.items()}
-    _check_shapes(ours, flat(shapes), settings)
-    return nested(ours)
+    ours = {path: _in_other_layout(path, tensors[n]) for n, path in wanted.items()}
+    for path, tensor in ours.items():
+        _check_shape(path, tensor, shapes[path], settings)
+    return ours
 
 
-def _check_shapes(ours: Mapping[str, Any], known: Mapping[str, Any], settings) -> None:
-    for path, array in ours.items():
-        if array.shape != known[path].shape:
-            theirs = _turned(path, np.empty(known[path].shape, "?")).shape
-            found = _turned(path, array).shape
-            raise UserError(
-                f"tensor {their_name(path, settings)} must have the shape {theirs}, "
-                f"got {found}"
-            )
+def _is_left_out(name: str) -> bool:
+    return name.endswith(COMPUTED) or name in t5_names.UNREAD
+
+
+def _check_same(name: str, found: Tensor, other: str, wanted: Tensor) -> None:
+    is_same = found.shape == wanted.shape
+    if not is_same or not np.array_equal(found.read(), wanted.read()):
+        raise UserError(
+            f"tensor {name} must equal {other}, since the output is tied to the "
+            "embedding; it does not"
+        )
+
+
+def _check_shape(path: str, tensor: Tensor, known: Any, settings) -> None:
+    if tuple(tensor.shape) == tuple(known.shape):
+        return
+    is_turned = t5_names.is_turned(path)
+    wanted = tuple(known.shape)[::-1] if is_turned else tuple(known.shape)
+    found = tensor.shape[::-1] if is_turned else tensor.shape
+    raise UserError(
+        f"tensor {their_name(path, settings)} must have the shape {wanted}, got {found}"
+    )

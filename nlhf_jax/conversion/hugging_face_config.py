@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's `config.json` of Llama, Gemma and Qwen models as our settings.
+"""Hugging Face's `config.json` of decoder-only models as our settings.
 
 A key that is absent has its family's default; one that is null says "none". What our
 network has no switch for (other rotary scalings, activations, families) is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlhf_jax.checks import UserError, check_choice
@@ -16,6 +16,7 @@ GEMMA = {"norm_plus_one": True, "scale_embedding": True}
 # model_type -> what no key of its config says.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "mistral": {},
     "gemma": GEMMA,
     "gemma2": {"post_norms": True} | GEMMA,
     "gemma3_text": {"post_norms": True, "query_key_norm": True} | GEMMA,
@@ -32,6 +33,7 @@ GELU = {
 # Keys that are left out of a config where they have their default.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": SILU,
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8} | SILU,
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28} | SILU,
     "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128} | SILU,
     "gemma": {"hidden_act": "gelu_pytorch_tanh"} | GELU,
@@ -52,6 +54,8 @@ DEFAULTS["gemma3_text"] |= {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
 }
+# Families with a window unless their config has null for it.
+WINDOWED = ("mistral", "gemma2", "gemma3_text")
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "emb_dim",
@@ -133,6 +137,8 @@ def _kinds(family: str, config: Mapping[str, Any]) -> list[str]:
                 f"layer_types must name {num_layers} layers, got {len(kinds)}"
             )
         return [named[kind] for kind in kinds]
+    if family == "mistral":
+        return ["local"] * num_layers
     if family.startswith("qwen"):
         first = config["max_window_layers"]
         return ["local" if i >= first else "global" for i in range(num_layers)]
@@ -141,20 +147,25 @@ def _kinds(family: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _pattern(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    has_window = family in ("gemma2", "gemma3_text") or config.get("use_sliding_window")
+    has_window = family in WINDOWED or config.get("use_sliding_window")
     has_window = has_window and "sliding_window" in config
     kinds = _kinds(family, config) if has_window else ["global"]
     if "local" not in kinds:
         return {}
+    return {
+        "attention_pattern": shortest_pattern(kinds),
+        "sliding_window": config["sliding_window"],
+    }
+
+
+def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Returns the shortest beginning whose repetition names all layers."""
     length = next(
         n
         for n in range(1, len(kinds) + 1)
         if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
     )
-    return {
-        "attention_pattern": tuple(kinds[:length]),
-        "sliding_window": config["sliding_window"],
-    }
+    return tuple(kinds[:length])
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.decoder_settings import ModelSettings
+from nlhf_jax.settings import LoraSettings
+
+DTYPES = ("float32", "bfloat16")
 
 
 class Tensor(NamedTuple):
@@ -31,6 +35,21 @@ class Tensor(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters, and what they stand on.
+
+    Attributes:
+      lora: their settings.
+      base: model folder, step's folder or parameter file of the base.
+      tensors: by our names (`layers_0/attention/query/lora_a`), float32.
+    """
+
+    lora: LoraSettings
+    base: str
+    tensors: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A language model outside of any format.
 
@@ -40,8 +59,76 @@ class Weights:
       files: name in the model folder -> file to copy there, of what goes with the
         weights: `vocabulary.model` or `tokenizer.json`, `generation_config.json`,
         `chat_template.jinja` and the like.
+      vocabulary: "byte" where the model reads bytes and needs no file; else "".
+      adapters: those that are merged into `tensors`, for a format that holds them by
+        themselves; None where there are none.
     """
 
     settings: ModelSettings
     tensors: Mapping[str, Tensor]
     files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    vocabulary: str = ""
+    adapters: Adapters | None = None
+
+
+def of_array(array: np.ndarray) -> Tensor:
+    """Returns a tensor whose numbers are here already."""
+    return Tensor(tuple(array.shape), array.dtype, lambda: array)
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """Returns the transpose of a matrix."""
+    return Tensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
+
+
+def cast(weights: Weights, dtype: str, *, allow_rounding: bool = False) -> Weights:
+    """Returns weights whose floating numbers have another dtype; "" keeps theirs.
+
+    Args:
+      weights: what is to be cast; no tensor is read yet.
+      dtype: "float32", "bfloat16", or "".
+      allow_rounding: whether numbers may change. Where not, reading a tensor that has
+        a number which the new dtype cannot hold raises a UserError that names it.
+
+    Raises:
+      UserError: another dtype.
+    """
+    if not dtype:
+        return weights
+    target = np.dtype(check_choice("dtype", dtype, DTYPES))
+    tensors = {
+        path: _cast(path, tensor, target, allow_rounding)
+        for path, tensor in weights.tensors.items()
+    }
+    return dataclasses.replace(weights, tensors=tensors)
+
+
+def _cast(path: str, tensor: Tensor, target: np.dtype, may_round: bool) -> Tensor:
+    if tensor.dtype == target or np.issubdtype(tensor.dtype, np.integer):
+        return tensor
+
+    def read() -> np.ndarray:
+        found = tensor.read()
+        rounded = found.astype(target)
+        if not may_round and not _is_same(found, rounded):
+            raise UserError(
+                f"tensor {path} is {tensor.dtype.name} and {target.name} would round "
+                "its numbers: take its own dtype, or allow it with --allow_rounding"
+            )
+        return rounded
+
+    return Tensor(tensor.shape, target, read)
+
+
+def _is_same(found: np.ndarray, rounded: np.ndarray) -> bool:
+    """Whether all numbers are as they were; two NaN are, too."""
+    step = 1 << 20  # numbers at a time, so that no second copy is made of all
+    first, second = found.reshape(-1), rounded.reshape(-1)
+    return all(
+        np.array_equal(
+            first[i : i + step].astype(np.float64),
+            second[i : i + step].astype(np.float64),
+            equal_nan=True,
+        )
+        for i in range(0, first.size, step)
+    )

@@ -8,7 +8,6 @@ split, R the rows that are taken. All arrays are numpy's.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nlhf_jax import distributed
-from nlhf_jax.checks import UserError, check_choice, check_integer
+from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.data import jsonl, tasks, token_checks
+from nlhf_jax.data.order import example_order, swaps
+from nlhf_jax.data.prompts import PromptFormat, prompt_format
 from nlhf_jax.data.vocabularies import Vocabulary, decode, encode
 from nlhf_jax.settings import DataSettings
 from nlhf_jax.types import ComparisonBatch, PromptBatch, Responses, SupervisedBatch
@@ -26,74 +27,43 @@ PAD_ID = 0
 Rows = Int[np.ndarray, "R"]
 
 
-# ---------------------------------------------------------------------------- order
-
-
-@functools.lru_cache(maxsize=16)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 0]).permutation(num_examples)
-
-
-@functools.lru_cache(maxsize=16)
-def _swaps(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 1]).random(num_examples) < 0.5
-
-
-def example_order(
-    seed: int, step: int, batch_size: int, num_examples: int
-) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
-    """Returns (epochs_B, indices_B) of the examples of a batch.
-
-    Position p = step * batch_size + row lies in epoch p // num_examples and is entry
-    p % num_examples of that epoch's permutation; every epoch reads every example once.
-
-        num_examples 3, batch_size 2      step 0   step 1   step 2
-        epochs                             0 0      0 1      1 1
-
-    Raises:
-      UserError: `seed` or `step` is negative or `batch_size` is less than 1.
-    """
-    check_integer("seed", seed)
-    check_integer("step", step)
-    check_integer("batch_size", batch_size, 1)
-    positions_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epochs_B, entries_B = np.divmod(positions_B, num_examples)
-    indices_B = np.empty_like(entries_B)
-    for epoch in np.unique(epochs_B):
-        here_B = epochs_B == epoch
-        order_E = _permutation(seed, int(epoch), num_examples)
-        indices_B[here_B] = order_E[entries_B[here_B]]
-    return epochs_B, indices_B
-
-
 # -------------------------------------------------------------------------- padding
 
 
 def pad_prompts(
-    rows: Iterable[Sequence[int] | np.ndarray], length: int, eos_id: int
+    rows: Iterable[Sequence[int] | np.ndarray],
+    length: int,
+    num_after: int = 1,
+    pad_id: int = PAD_ID,
 ) -> tuple[PromptBatch, int]:
-    """Returns (prompts, number cut): a cut prompt keeps `eos_id` at its end.
+    """Returns (prompts, number cut): a cut prompt keeps its last `num_after` ids.
 
     Args:
-      rows: ids that end with `eos_id`.
+      rows: ids of whole prompts.
       length: S, at least 1.
+      num_after: ids that stand after each prompt's text: its end, or the beginning of
+        the answer that a chat template writes.
+      pad_id: fills the padding; the mask alone says what is padding.
     """
-    tokens_BS, mask_BS, cut_B = _pad(rows, length)
-    tokens_BS[cut_B, -1] = eos_id
+    rows = [np.asarray(row, np.int32) for row in rows]
+    tokens_BS, mask_BS, cut_B = _pad(rows, length, pad_id)
+    kept = min(num_after, length)
+    for number in np.flatnonzero(cut_B) if kept else ():
+        tokens_BS[number, -kept:] = rows[number][-kept:]
     return PromptBatch(tokens_BS, mask_BS), int(cut_B.sum())
 
 
 def pad_responses(
-    rows: Iterable[Sequence[int] | np.ndarray], length: int
+    rows: Iterable[Sequence[int] | np.ndarray], length: int, pad_id: int = PAD_ID
 ) -> tuple[Responses, int]:
     """Returns (responses, number cut): a cut response has no end-of-sequence id."""
-    tokens_BT, mask_BT, cut_B = _pad(rows, length)
+    tokens_BT, mask_BT, cut_B = _pad(rows, length, pad_id)
     return Responses(tokens_BT, mask_BT), int(cut_B.sum())
 
 
-def _pad(rows: Iterable[Sequence[int] | np.ndarray], length: int):
+def _pad(rows: Iterable[Sequence[int] | np.ndarray], length: int, pad_id: int):
     rows = [np.asarray(row, np.int32) for row in rows]
-    tokens_BT = np.full((len(rows), length), PAD_ID, np.int32)
+    tokens_BT = np.full((len(rows), length), pad_id, np.int32)
     for number, row in enumerate(rows):
         tokens_BT[number, : len(row)] = row[:length]
     lengths_B = np.array([len(row) for row in rows], np.int32)
@@ -102,11 +72,26 @@ def _pad(rows: Iterable[Sequence[int] | np.ndarray], length: int):
 
 
 def prompt_batch(
-    texts: Sequence[str], vocabulary: Vocabulary, length: int
+    texts: Sequence[str],
+    vocabulary: Vocabulary,
+    length: int,
+    form: PromptFormat | None = None,
 ) -> tuple[PromptBatch, int]:
-    """Returns (prompts of S = `length` tokens, number cut); each ends with EOS."""
-    rows = [[*encode(text, vocabulary), vocabulary.eos_id] for text in texts]
-    return pad_prompts(rows, length, vocabulary.eos_id)
+    """Returns (prompts of S = `length` tokens, number cut).
+
+    Args:
+      texts: of the prompts.
+      vocabulary: of the model.
+      length: S.
+      form: what stands around each text; None for the vocabulary's own way.
+
+    Raises:
+      UserError: `length` has no room for a text.
+    """
+    form = form or prompt_format(vocabulary)
+    form.check_length(length)
+    rows = [form.encode(text) for text in texts]
+    return pad_prompts(rows, length, form.num_after, vocabulary.pad_id)
 
 
 def encode_responses(
@@ -117,7 +102,7 @@ def encode_responses(
     A longer text is cut and has no EOS, as a sampled response cut at the limit.
     """
     rows = [[*encode(text, vocabulary), vocabulary.eos_id] for text in texts]
-    return pad_responses(rows, length)[0]
+    return pad_responses(rows, length, vocabulary.pad_id)[0]
 
 
 def decode_responses(
@@ -208,7 +193,7 @@ class ComparisonData:
         if rows is not None:
             epochs_B, indices_B = epochs_B[rows], indices_B[rows]
         swapped = [
-            _swaps(seed, int(epoch), self.num_examples)[index]
+            swaps(seed, int(epoch), self.num_examples)[index]
             for epoch, index in zip(epochs_B, indices_B, strict=True)
         ]
         return swap(self.take(indices_B), np.array(swapped, bool))
@@ -265,7 +250,8 @@ def _read_examples(
     examples = distributed.first_then_others("data", lambda: _examples_of(task, split))
     if not examples:
         raise UserError(f"task {name!r} has no examples in {split!r}")
-    token_checks.check_ids(examples, kind, vocabulary, f"task {name!r}, {split}")
+    form = tasks.format_of(settings, vocabulary)
+    token_checks.check_ids(examples, kind, vocabulary, f"task {name!r}, {split}", form)
     return examples
 
 
@@ -293,7 +279,8 @@ def load_supervised(
       UserError: unknown task or split, or no examples.
     """
     examples = _read_examples(settings, split, vocabulary, tasks.SUPERVISED)
-    return _supervised(examples, settings.task_feature_lengths, vocabulary)
+    form = tasks.format_of(settings, vocabulary)
+    return _supervised(examples, settings.task_feature_lengths, vocabulary, form)
 
 
 def supervised_from_rows(
@@ -307,18 +294,23 @@ def supervised_from_rows(
       UserError: a row is not as `jsonl` describes.
     """
     checked = jsonl.check_rows(rows, jsonl.PROMPT_FIELDS)
-    task = tasks.rows_task("rows", {"all": checked}, tasks.SUPERVISED, vocabulary)
+    form = prompt_format(vocabulary)
+    task = tasks.rows_task("rows", {"all": checked}, tasks.SUPERVISED, vocabulary, form)
     examples = _examples_of(task, "all")
-    token_checks.check_ids(examples, tasks.SUPERVISED, vocabulary, "rows")
-    return _supervised(examples, task_feature_lengths, vocabulary)
+    token_checks.check_ids(examples, tasks.SUPERVISED, vocabulary, "rows", form)
+    return _supervised(examples, task_feature_lengths, vocabulary, form)
 
 
-def _supervised(examples, lengths, vocabulary) -> SupervisedData:
-    prompts, cut_prompts = pad_prompts(
-        (row["inputs"] for row in examples), lengths["inputs"], vocabulary.eos_id
-    )
+def _prompts(examples, lengths, vocabulary, form) -> tuple[PromptBatch, int]:
+    form.check_length(lengths["inputs"])
+    rows = (row["inputs"] for row in examples)
+    return pad_prompts(rows, lengths["inputs"], form.num_after, vocabulary.pad_id)
+
+
+def _supervised(examples, lengths, vocabulary, form) -> SupervisedData:
+    prompts, cut_prompts = _prompts(examples, lengths, vocabulary, form)
     targets, cut_targets = pad_responses(
-        (row["targets"] for row in examples), lengths["targets"]
+        (row["targets"] for row in examples), lengths["targets"], vocabulary.pad_id
     )
     return SupervisedData(
         SupervisedBatch(prompts, targets),
@@ -338,7 +330,8 @@ def load_comparisons(
       UserError: unknown task or split, or no examples.
     """
     examples = _read_examples(settings, split, vocabulary, tasks.COMPARISONS)
-    return _comparisons(examples, settings.task_feature_lengths, vocabulary)
+    form = tasks.format_of(settings, vocabulary)
+    return _comparisons(examples, settings.task_feature_lengths, vocabulary, form)
 
 
 def comparisons_from_rows(
@@ -352,18 +345,20 @@ def comparisons_from_rows(
       UserError: a row is not as `jsonl` describes.
     """
     checked = jsonl.check_rows(rows, jsonl.COMPARISON_FIELDS)
-    task = tasks.rows_task("rows", {"all": checked}, tasks.COMPARISONS, vocabulary)
-    examples = _examples_of(task, "all")
-    token_checks.check_ids(examples, tasks.COMPARISONS, vocabulary, "rows")
-    return _comparisons(examples, task_feature_lengths, vocabulary)
-
-
-def _comparisons(examples, lengths, vocabulary) -> ComparisonData:
-    prompts, cut_prompts = pad_prompts(
-        (row["inputs"] for row in examples), lengths["inputs"], vocabulary.eos_id
+    form = prompt_format(vocabulary)
+    task = tasks.rows_task(
+        "rows", {"all": checked}, tasks.COMPARISONS, vocabulary, form
     )
+    examples = _examples_of(task, "all")
+    token_checks.check_ids(examples, tasks.COMPARISONS, vocabulary, "rows", form)
+    return _comparisons(examples, task_feature_lengths, vocabulary, form)
+
+
+def _comparisons(examples, lengths, vocabulary, form) -> ComparisonData:
+    prompts, cut_prompts = _prompts(examples, lengths, vocabulary, form)
+    length, pad_id = lengths["targets"], vocabulary.pad_id
     (first, cut_first), (second, cut_second) = (
-        pad_responses((row[side] for row in examples), lengths["targets"])
+        pad_responses((row[side] for row in examples), length, pad_id)
         for side in ("first", "second")
     )
     preference_E = np.array([row["preference"] for row in examples], np.float32)

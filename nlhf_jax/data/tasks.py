@@ -12,6 +12,7 @@ from typing import Any
 
 from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.data import debian, jsonl, tldr
+from nlhf_jax.data.prompts import PromptFormat, prompt_format, prompt_vocabulary
 from nlhf_jax.data.tensorflow_setup import import_seqio, import_tensorflow
 from nlhf_jax.data.vocabularies import Vocabulary
 from nlhf_jax.settings import DataSettings
@@ -42,6 +43,11 @@ def get_task(
     builders = _BUILDERS[tuple(kind)]
     if name in builders:
         return builders[name](settings, vocabulary)
+    if settings.chat_template:
+        raise UserError(
+            f"chat_template {settings.chat_template!r} works with the tasks "
+            f"{', '.join(builders)}; {name!r} makes tokens itself"
+        )
     task = seqio.get_mixture_or_task(name)
     missing = [feature for feature in kind if feature not in task.output_features]
     if missing:
@@ -87,6 +93,7 @@ def register(
     renamed: Mapping[str, str],
     features: Sequence[str],
     vocabulary: Vocabulary,
+    form: PromptFormat | None = None,
 ) -> Any:
     """Adds a task to seqio's registry, in place of one of the same name.
 
@@ -94,16 +101,22 @@ def register(
       name: in the registry.
       source: a seqio data source.
       renamed: feature or extra field -> field of the source.
-      features: those to tokenise and end with an end-of-sequence id.
+      features: those to tokenise; all but "inputs" end with an end-of-sequence id.
       vocabulary: of all features.
+      form: how a prompt, "inputs", becomes ids; None for the vocabulary's own way.
     """
     seqio, tf = import_seqio(), import_tensorflow()
+    form = form or prompt_format(vocabulary)
     if name in _own:
         seqio.TaskRegistry.remove(name)
     elif name in seqio.TaskRegistry.names():
         raise UserError(f"seqio already has another task named {name!r}: rename it")
     _own.add(name)
     feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
+    inputs = {}
+    if not form.is_plain:
+        whole = prompt_vocabulary(vocabulary, form)
+        inputs["inputs"] = seqio.Feature(whole, add_eos=False, dtype=tf.int32)
     return seqio.TaskRegistry.add(
         name,
         source=source,
@@ -112,8 +125,17 @@ def register(
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos_after_trim,
         ],
-        output_features={key: feature for key in features},
+        output_features=dict.fromkeys(features, feature) | inputs,
     )
+
+
+def format_of(settings: DataSettings, vocabulary: Vocabulary) -> PromptFormat:
+    """Returns the format of the prompts that some settings ask for.
+
+    Raises:
+      UserError: as `prompts.prompt_format`.
+    """
+    return prompt_format(vocabulary, settings.chat_template, settings.system_prompt)
 
 
 def _rekey(renamed: Mapping[str, str]) -> Callable[[Any], Any]:
@@ -150,7 +172,8 @@ def _docstring_task(
         tfds_name=f"docstrings:{builder.version}", tfds_data_dir=folder, splits=splits
     )
     renamed = {"inputs": "prompt", "targets": "target"}
-    return register(name, source, renamed, SUPERVISED, vocabulary)
+    form = format_of(settings, vocabulary)
+    return register(name, source, renamed, SUPERVISED, vocabulary, form)
 
 
 def rows_task(
@@ -158,6 +181,7 @@ def rows_task(
     splits: Mapping[str, Sequence[Mapping[str, Any]]],
     kind: Sequence[str],
     vocabulary: Vocabulary,
+    form: PromptFormat,
 ) -> Any:
     """Returns a registered task over rows in memory.
 
@@ -169,6 +193,7 @@ def rows_task(
       splits: split -> rows with the fields that `jsonl` describes.
       kind: SUPERVISED or COMPARISONS.
       vocabulary: of all features.
+      form: how a prompt becomes ids.
     """
     seqio, tf = import_seqio(), import_tensorflow()
     renamed = _FIELDS[tuple(kind)]
@@ -185,14 +210,15 @@ def rows_task(
     source = seqio.FunctionDataSource(
         dataset, splits=filled, num_input_examples={s: len(splits[s]) for s in filled}
     )
-    return register(name, source, renamed, kind, vocabulary)
+    return register(name, source, renamed, kind, vocabulary, form)
 
 
 def _rows_of(kind: tuple[str, ...], read: Callable[[DataSettings], Any]):
     def build(settings: DataSettings, vocabulary: Vocabulary) -> Any:
         kind_name = "comparisons" if kind == COMPARISONS else "supervised"
         name = f"{settings.mixture_or_task_name}_{kind_name}"
-        return rows_task(name, read(settings), kind, vocabulary)
+        form = format_of(settings, vocabulary)
+        return rows_task(name, read(settings), kind, vocabulary, form)
 
     return build
 

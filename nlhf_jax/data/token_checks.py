@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nlhf_jax.checks import UserError
+from nlhf_jax.data.prompts import PromptFormat
 from nlhf_jax.data.vocabularies import Vocabulary, decode
 
 
@@ -15,17 +16,21 @@ def check_ids(
     features: Sequence[str],
     vocabulary: Vocabulary,
     where: str,
+    form: PromptFormat,
 ) -> None:
     """Checks that each text has a token, and its end at its end and nowhere else.
 
     A text of padding alone would be trained on as an empty one, and what stands after
-    an end is never decoded.
+    an end is never decoded. A prompt in a chat template ends turns inside it.
 
     Raises:
       UserError: names the example, counted from 1, and the feature.
     """
     for number, example in enumerate(examples, 1):
         for feature in features:
+            if feature == "inputs" and not form.is_plain:
+                _check_prompt(example[feature], form, f"{where}, example {number}")
+                continue
             ids = np.asarray(example[feature])
             inner = ids[:-1] if len(ids) and ids[-1] == vocabulary.eos_id else ids
             fault = ""
@@ -38,3 +43,8 @@ def check_ids(
                 raise UserError(
                     f"{where}: {feature!r} of example {number} {fault}: {text!r}"
                 )
+
+
+def _check_prompt(ids: np.ndarray, form: PromptFormat, where: str) -> None:
+    if len(ids) <= form.num_before + form.num_after:
+        raise UserError(f"{where}: its prompt has no token besides those around it")

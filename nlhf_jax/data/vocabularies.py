@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabularies: SentencePiece models, bytes, and the one trained on the docstrings.
+"""Vocabularies: SentencePiece, tokenizer.json, bytes, one trained on the docstrings.
 
-Ids follow T5: padding 0, end of sequence 1, unknown 2, no beginning of sequence.
+Ids of our own follow T5: padding 0, end of sequence 1, unknown 2, no beginning of
+sequence. Other models' have theirs, and padding may be any of them: what is padding
+is said by masks, which come from lengths.
 """
 
+import functools
 import io
 import os
 import pathlib
@@ -14,6 +17,7 @@ import numpy as np
 
 from nlhf_jax.checks import UserError, check_integer
 from nlhf_jax.data.tensorflow_setup import import_seqio, progress_bar
+from nlhf_jax.data.tokenizer_files import load_tokenizer
 from nlhf_jax.settings import DataSettings
 
 VOCAB_SIZE = 4096
@@ -60,11 +64,14 @@ def train_vocabulary(
 
 
 def load_vocabulary(path: str) -> Vocabulary:
-    """Returns the seqio vocabulary of a SentencePiece model, or "byte".
+    """Returns the seqio vocabulary of a file, or "byte".
+
+    Args:
+      path: a SentencePiece model, a `tokenizer.json` (any name that ends in .json), or
+        "byte".
 
     Raises:
-      UserError: there is no such file, it is no SentencePiece model, or its padding
-        is not id 0.
+      UserError: there is no such file, it is no vocabulary, or has no end of a text.
     """
     import sentencepiece
 
@@ -73,19 +80,48 @@ def load_vocabulary(path: str) -> Vocabulary:
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise UserError(
-            "vocabulary_path must be a SentencePiece model, 'byte' or '', got "
-            f"{path!r}, which is no file"
+            "vocabulary_path must be a SentencePiece model, a tokenizer.json, 'byte' "
+            f"or '', got {path!r}, which is no file"
         )
+    if file.suffix == ".json":
+        return load_tokenizer(str(file))
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError):
         raise UserError(f"vocabulary_path {path!r} is no SentencePiece model") from None
-    if model.pad_id() != 0 or model.eos_id() < 0:
+    if model.eos_id() < 0:
         raise UserError(
-            f"vocabulary_path {path!r} must have padding at id 0 and an end token, "
-            f"got pad_id {model.pad_id()} and eos_id {model.eos_id()}"
+            f"vocabulary_path {path!r} must have an end token, got eos_id "
+            f"{model.eos_id()}"
         )
+    if model.bos_id() >= 0 or model.pad_id() != 0:
+        return _sentencepiece_class()(str(file))
     return import_seqio().SentencePieceVocabulary(str(file))
+
+
+@functools.cache
+def _sentencepiece_class() -> type:
+    class OtherSentencePieceVocabulary(import_seqio().SentencePieceVocabulary):
+        """A SentencePiece model with other ids than T5's: Llama's, Gemma's.
+
+        A prompt begins with the beginning of a sequence, if there is one, and has no
+        end; padding that the model has no id for is the end's.
+        """
+
+        @property
+        def pad_id(self):
+            own = self.tokenizer.pad_id()
+            return self.eos_id if own < 0 else own
+
+        @property
+        def prompt_start(self):
+            return (self.bos_id,) if self.bos_id >= 0 else ()
+
+        @property
+        def prompt_end(self):
+            return ()
+
+    return OtherSentencePieceVocabulary
 
 
 def docstring_vocabulary_path(settings: DataSettings) -> str:

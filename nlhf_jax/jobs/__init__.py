@@ -24,4 +24,6 @@ COMMANDS = {
     "compile": "nlhf_jax.compile_command:main",
     "doctor": "nlhf_jax.jobs.doctor:main",
     "replay": "nlhf_jax.replay_command:main",
+    "import": "nlhf_jax.jobs.conversions:import_model",
+    "export": "nlhf_jax.jobs.conversions:export_model",
 }

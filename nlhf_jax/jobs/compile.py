@@ -18,7 +18,7 @@ from nlhf_jax.jobs import plans
 from nlhf_jax.jobs.programs import Program, program
 from nlhf_jax.scale import chips, needs, words
 from nlhf_jax.settings import MeshSettings
-from nlhf_jax.types import POLICY
+from nlhf_jax.types import BASE, POLICY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,8 @@ def cache_bytes(one: Program, mesh: Mesh) -> int:
         lambda params, prompts: one.network.prefill(
             params, prompts, one.response_length
         ),
-        one.state.param_sets[POLICY],
+        # The policy's own, or what its adapters stand on.
+        one.frozen.get(BASE, one.state.param_sets[POLICY]),
         prompts,
     )
     size = tree_bytes(cache) // mesh.shape["tensor"]

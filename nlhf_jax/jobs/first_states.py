@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 
 from nlhf_jax import checkpoints, partitioning
 from nlhf_jax.checks import UserError
-from nlhf_jax.jobs import folders
+from nlhf_jax.jobs import adapters, folders
+from nlhf_jax.models.adapters import with_base
 from nlhf_jax.types import Params, TrainState
 
 
@@ -85,9 +86,31 @@ def initial_state(
     load = None
     if checkpoint:
         folders.find_model_dir(checkpoint)
-        source = folders.resolve(checkpoint)
+
+        def load(shardings: PyTree) -> Params:
+            return adapters.load_whole(checkpoint, shapes, shardings)
+
+    return InitialState(shapes, load, init, make, seed)
+
+
+def state_of_adapters(
+    stand: adapters.Stand, network: Any, seed: int, make: Callable[[Params], TrainState]
+) -> InitialState:
+    """Returns the first state of a run with adapters: fresh ones, or those it has.
+
+    Args:
+      stand: see `stand_on`.
+      network: of the base.
+      seed: of fresh adapters.
+      make: adapters -> state.
+    """
+    on_base = with_base(network, None, stand.lora)
+    shapes = jax.eval_shape(on_base.init, jax.random.key(seed))
+    load = None
+    if stand.start:
+        source = folders.resolve(stand.start)
 
         def load(shardings: PyTree) -> Params:
             return checkpoints.load_params(source, shapes, shardings)
 
-    return InitialState(shapes, load, init, make, seed)
+    return InitialState(shapes, load, on_base.init, make, seed)

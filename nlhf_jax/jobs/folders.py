@@ -3,7 +3,10 @@
 
 MODEL_DIR/
   model.json         kind, shape, feature lengths, parent
-  vocabulary.model   the SentencePiece model the parameters were trained with
+  vocabulary.model   the SentencePiece model the parameters were trained with, or
+  tokenizer.json     Hugging Face's, and what belongs to it: tokenizer_config.json,
+                     special_tokens_map.json, generation_config.json,
+                     chat_template.jinja
   config.gin         the operative configuration
   checkpoints/       one folder per step, or params.safetensors for an export
   metrics.jsonl      one line per logged step
@@ -22,11 +25,15 @@ from nlhf_jax.checks import (
     check_folder_name,
     check_integer,
 )
+from nlhf_jax.data.prompts import NO_TEMPLATE, OWN_IF_ANY, OWN_TEMPLATE
+from nlhf_jax.data.special_tokens import COMPANIONS, TEMPLATE_FILE
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.models.families import end_of
+from nlhf_jax.settings import LoraSettings, T5Settings
 
 DESCRIPTION_FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"
+TOKENIZER_FILE = "tokenizer.json"
 BYTE_VOCABULARY = "byte"
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("language_model", "preference", "reward")
@@ -36,6 +43,7 @@ FAMILIES = {
     T5: (T5Settings, "mlp_activations"),
     DECODER_ONLY: (DecoderOnlySettings, "attention_pattern"),
 }
+OF_ADAPTERS = ("lora", "base", "base_digest")  # what a whole model has none of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +55,26 @@ class ModelDescription:
       settings: shape of the network.
       feature_lengths: longest prompt ("inputs") and response ("targets") in tokens.
       vocabulary: name of the vocabulary's file in the folder, or "byte".
+      lora: where the folder's parameters are adapters, which ones.
+      base: then the parameters they stand on: a step's folder or a parameter file.
+      base_digest: of what it held; see `jobs/adapters.py`.
     """
 
     kind: str
     settings: ModelSettings
     feature_lengths: dict[str, int]
     vocabulary: str = VOCABULARY_FILE
+    lora: LoraSettings | None = None
+    base: str = ""
+    base_digest: str = ""
 
     def to_json(self) -> str:
         """Returns the description as indented JSON."""
         fields = dataclasses.asdict(self)
         if isinstance(self.settings, DecoderOnlySettings):
             fields["family"] = DECODER_ONLY  # a file without it is a T5's
+        if self.lora is None:
+            fields = {k: v for k, v in fields.items() if k not in OF_ADAPTERS}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -69,29 +85,58 @@ class ModelDescription:
         settings_class, sequence = FAMILIES[family]
         settings = fields["settings"]
         settings[sequence] = tuple(settings[sequence])
-        return cls(**fields | {"settings": settings_class(**settings)})
+        lora = fields.get("lora")
+        if lora is not None:
+            lora = LoraSettings(**lora | {"targets": tuple(lora["targets"])})
+        return cls(**fields | {"settings": settings_class(**settings), "lora": lora})
 
 
 def describe(
-    model_dir: pathlib.Path, description: ModelDescription, vocabulary_path: str
+    model_dir: pathlib.Path,
+    description: ModelDescription,
+    vocabulary_path: str,
+    chat_template: str = "",
 ) -> None:
-    """Writes the description and copies the vocabulary; process 0 does, others wait."""
+    """Writes the description and copies the vocabulary; process 0 does, others wait.
+
+    Args:
+      model_dir: folder of the model.
+      description: of it; which vocabulary it has is filled in.
+      vocabulary_path: a vocabulary's file, copied with what belongs to it, or "byte".
+      chat_template: as in `DataSettings`; a file becomes the folder's own template.
+    """
     distributed.first_does(
         "description",
-        lambda: _write_description(model_dir, description, vocabulary_path),
+        lambda: _write_description(
+            model_dir, description, vocabulary_path, chat_template
+        ),
     )
 
 
 def _write_description(
-    model_dir: pathlib.Path, description: ModelDescription, vocabulary_path: str
+    model_dir: pathlib.Path,
+    description: ModelDescription,
+    vocabulary_path: str,
+    chat_template: str,
 ) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
-    target = model_dir / VOCABULARY_FILE
-    if vocabulary_path == BYTE_VOCABULARY:
-        description = dataclasses.replace(description, vocabulary=BYTE_VOCABULARY)
-    elif pathlib.Path(vocabulary_path).resolve() != target.resolve():
-        shutil.copyfile(vocabulary_path, target)
+    name = vocabulary_path
+    if vocabulary_path != BYTE_VOCABULARY:
+        source = pathlib.Path(vocabulary_path).expanduser()
+        name = TOKENIZER_FILE if source.suffix == ".json" else VOCABULARY_FILE
+        _copy(source, model_dir / name)
+        for companion in COMPANIONS:
+            if (source.parent / companion).is_file():
+                _copy(source.parent / companion, model_dir / companion)
+    if chat_template not in (NO_TEMPLATE, OWN_TEMPLATE, OWN_IF_ANY):
+        _copy(pathlib.Path(chat_template).expanduser(), model_dir / TEMPLATE_FILE)
+    description = dataclasses.replace(description, vocabulary=name)
     (model_dir / DESCRIPTION_FILE).write_text(description.to_json())
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -205,6 +250,15 @@ def read_description(
     return description
 
 
+def description_of(checkpoint: str | pathlib.Path) -> ModelDescription:
+    """Returns the description of the folder that `checkpoint` lies in, of any kind.
+
+    Raises:
+      UserError: no such folder, or its description cannot be read.
+    """
+    return _read(find_model_dir(checkpoint))
+
+
 def kind_of(checkpoint: str | pathlib.Path) -> str:
     """Returns the kind of model in the folder that `checkpoint` lies in.
 
@@ -243,6 +297,8 @@ def check_same_vocabulary(*checkpoints: str) -> None:
         file = vocabulary_file(checkpoint)
         if file != BYTE_VOCABULARY:
             file = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+            # One tokenizer serves models that end differently: to chat, or not.
+            file += f" {end_of(_read(find_model_dir(checkpoint)).settings)}"
         if first and file != theirs:
             raise UserError(
                 f"the {kind_of(checkpoint)} model {checkpoint!r} reads other tokens "

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from nlhf_jax import checkpoints, partitioning
+from nlhf_jax import partitioning
 from nlhf_jax.data import vocabularies
-from nlhf_jax.jobs import folders
+from nlhf_jax.jobs import adapters, folders
 from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import MemorySettings, MeshSettings
 from nlhf_jax.types import LanguageModel, Params
@@ -48,6 +48,8 @@ def load_params(
 ) -> Params:
     """Returns a folder's float32 parameters, each array where it will lie.
 
+    Adapters are merged into their base: see `jobs/adapters.py`.
+
     Args:
       checkpoint: model folder.
       network: has `init` and `logical_axes`.
@@ -56,22 +58,28 @@ def load_params(
     Raises:
       UserError: nothing readable is there, or it does not fit the network or the mesh.
     """
-    source = folders.resolve(checkpoint)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     if mesh is None:
-        return checkpoints.load_params(source, shapes)
+        return adapters.load_whole(checkpoint, shapes)
     shardings = partitioning.shardings_for(
         network.logical_axes, shapes, partitioning.make_mesh(mesh)
     )
-    return checkpoints.load_params(source, shapes, shardings)
+    return adapters.load_whole(checkpoint, shapes, shardings)
 
 
 def load_policy(
     checkpoint: str,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 frozen, can be shared
     mesh: MeshSettings | None = None,
+    weights: str = "",
 ) -> Policy:
     """Reads a language model's folder; see `load_params` for the mesh.
+
+    Args:
+      checkpoint: its folder.
+      memory: what its passes keep.
+      mesh: how devices are laid out.
+      weights: where its parameters are, if elsewhere: the base of adapters, say.
 
     Raises:
       UserError: the folder is missing, of another kind, or its vocabulary has more
@@ -83,5 +91,5 @@ def load_policy(
     vocabularies.check_vocabulary(vocabulary, description.settings.vocab_size)
     check_end(description.settings, vocabulary.eos_id)
     network = language_model(description.settings, memory)
-    params = load_params(checkpoint, network, mesh)
+    params = load_params(weights or checkpoint, network, mesh)
     return Policy(description, network, params, vocabulary, vocabulary_path)

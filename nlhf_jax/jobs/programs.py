@@ -17,19 +17,34 @@ from jaxtyping import PyTree
 
 from nlhf_jax import partitioning, supervised_step
 from nlhf_jax.checks import UserError
-from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
-from nlhf_jax.jobs import folders, judges, policies, steps, supervised, train
+from nlhf_jax.decoder_settings import ModelSettings
+from nlhf_jax.jobs import (
+    adapters,
+    folders,
+    judges,
+    policies,
+    steps,
+    supervised,
+    train,
+)
+from nlhf_jax.jobs.abstract_batches import prompts_of, responses_of
+from nlhf_jax.jobs.shares import WHOLE, Share
+from nlhf_jax.models.adapters import with_base
 from nlhf_jax.models.families import language_model
 from nlhf_jax.preferences.judges import learned_judge
-from nlhf_jax.settings import LoopSettings, MemorySettings, MeshSettings
+from nlhf_jax.settings import (
+    LoopSettings,
+    LoraSettings,
+    MemorySettings,
+    MeshSettings,
+)
 from nlhf_jax.types import (
+    BASE,
     POLICY,
     REFERENCE,
     Algorithm,
     ComparisonBatch,
     LanguageModel,
-    PromptBatch,
-    Responses,
     SupervisedBatch,
     TrainState,
 )
@@ -113,46 +128,18 @@ class Model:
       prompt_length: tokens of a prompt; 0 is the data's.
       response_length: tokens of a response; 0 is the data's.
       encode: text -> ids, for a judge's fixed words.
+      lora: of the adapters that its folder holds, if it does.
+      start: ids that every text begins with.
+      base: the digest of what these stand on, or of a whole folder's parameters.
     """
 
     settings: ModelSettings
     prompt_length: int = 0
     response_length: int = 0
     encode: Callable[[str], list[int]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """One device's part of a program.
-
-    Attributes:
-      rows: parts that the batch is split into.
-      tensor: parts that heads, hidden units and vocabulary are split into.
-    """
-
-    rows: int = 1
-    tensor: int = 1
-
-    def of(self, settings: ModelSettings, memory: MemorySettings) -> ModelSettings:
-        """Returns the part of a network; what does not divide is rounded up."""
-        parts = self.tensor
-        chunks = memory.num_vocab_chunks
-        heads = {"num_heads": -(-settings.num_heads // parts)}
-        if isinstance(settings, DecoderOnlySettings):
-            # Heads that share keys lie together; a key that is read by several devices
-            # is on each of them.
-            shared = -(-settings.num_kv_heads // parts)
-            each = -(-heads["num_heads"] // shared)
-            heads = {"num_heads": each * shared, "num_kv_heads": shared}
-        return dataclasses.replace(
-            settings,
-            **heads,
-            mlp_dim=-(-settings.mlp_dim // parts),
-            vocab_size=-(-settings.vocab_size // (parts * chunks)) * chunks,
-        )
-
-
-WHOLE = Share()
+    lora: LoraSettings | None = None
+    start: tuple[int, ...] = ()
+    base: str = ""
 
 
 def program(
@@ -195,42 +182,30 @@ def _described(folder: str, kind: str, flag: str, given: Mapping[str, Any]) -> M
             f"folder here; --{flag}=configs/models/t5_1_1_large.gin would name a shape"
         )
     description = folders.read_description(folder, kind)
+    encode, start = _encoder(folder)
     return Model(
         description.settings,
         description.feature_lengths["inputs"],
         description.feature_lengths["targets"],
-        _encoder(folder),
+        encode,
+        description.lora,
+        start,
+        description.base_digest or adapters.digest_if_there(folder),
     )
 
 
-def _encoder(folder: str) -> Callable[[str], list[int]]:
-    from nlhf_jax.data import vocabularies
+def _encoder(folder: str) -> tuple[Callable[[str], list[int]], tuple[int, ...]]:
+    """Returns how a folder's model reads words, and what its texts begin with."""
+    from nlhf_jax.data import prompts, vocabularies
 
     vocabulary = vocabularies.load_vocabulary(folders.vocabulary_file(folder))
-    return lambda text: vocabularies.encode(text, vocabulary)
+    start, _ = prompts.frame_of(vocabulary)
+    return lambda text: vocabularies.encode(text, vocabulary), start
 
 
 def _one_id_a_word(text: str) -> list[int]:
     """Stands for a vocabulary that is not at hand: a few ids more or less."""
     return [2] * len(text.split())
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _bools(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.bool_)
-
-
-def prompts_of(batch_size: int, length: int) -> PromptBatch:
-    """Returns abstract prompts, [B, S]."""
-    return PromptBatch(_ints(batch_size, length), _bools(batch_size, length))
-
-
-def responses_of(batch_size: int, length: int) -> Responses:
-    """Returns abstract responses, [B, T]."""
-    return Responses(_ints(batch_size, length), _bools(batch_size, length))
 
 
 def _params(network: Any) -> PyTree:
@@ -259,8 +234,24 @@ def _policy_program(
         kind: _judge_network(kind, model, lengths["inputs"], length, memory, share)
         for kind, model in models.items()
     }
+    lora = said["lora"]
+    is_shared = {
+        kind: model.lora
+        for kind, model in models.items()
+        if lora
+        and model.lora
+        and model.base == reference.base
+        and reference.lora in (None, lora)
+    }
     judge = learned_judge(nets.get("preference"), nets.get("reward"))
-    frozen = {REFERENCE: network} | nets
+    judge = judges.on_base(judge, is_shared)
+    trained = _trained_network(network, lora)
+    whole = {kind: net for kind, net in nets.items() if kind not in is_shared}
+    frozen = {BASE if lora else REFERENCE: network} | whole
+    shared = {k: with_base(nets[k], None, one) for k, one in is_shared.items()}
+    if lora:
+        # The reference's own adapters, where it has some.
+        shared[REFERENCE] = trained if reference.lora == lora else None
     step = steps.policy_step(
         network,
         algorithm,
@@ -269,15 +260,18 @@ def _policy_program(
         loop=loop,
         max_decode_length=length,
         num_updates_per_rollout=said["num_updates_per_rollout"],
+        lora=lora,
     )
     return Program(
         job=job,
         step=step,
-        state=jax.eval_shape(step.init_state, _params(network)),
-        frozen={name: _frozen(net, memory) for name, net in frozen.items()},
+        state=jax.eval_shape(step.init_state, _params(trained)),
+        frozen={name: _frozen(net, memory) for name, net in frozen.items()}
+        | {name: _params(net) if net else {} for name, net in shared.items()},
         batch=prompts_of(loop.batch_size, lengths["inputs"]),
-        logical_axes=network.logical_axes,
-        frozen_axes={name: net.logical_axes for name, net in frozen.items()},
+        logical_axes=trained.logical_axes,
+        frozen_axes={name: net.logical_axes for name, net in frozen.items()}
+        | {name: net.logical_axes if net else {} for name, net in shared.items()},
         loop=loop,
         memory=memory,
         mesh=said["mesh"],
@@ -288,6 +282,11 @@ def _policy_program(
         prompt_length=lengths["inputs"],
         response_length=length,
     )
+
+
+def _trained_network(network: Any, lora: LoraSettings | None) -> Any:
+    """Returns what gives the trained parameters' shapes and logical axes."""
+    return network if lora is None else with_base(network, None, lora)
 
 
 def _models(
@@ -314,6 +313,7 @@ def _judge_network(
     return judges.NETWORKS[kind](
         share.of(model.settings, memory),
         model.encode or _one_id_a_word,
+        model.start,
         prompt_length=model.prompt_length or prompt_length,
         response_length=model.response_length or response_length,
         memory=memory,
@@ -337,17 +337,19 @@ def _supervised_program(
         )
         labels_B = jax.ShapeDtypeStruct((loop.batch_size,), jnp.float32)
         batch = ComparisonBatch(prompts, responses, responses, labels_B)
+    lora = said["lora"]
+    trained = _trained_network(network, lora)
     step = steps.supervised(
-        STEP_MAKERS[job], network, optimizer=said["optimizer"], loop=loop
+        STEP_MAKERS[job], network, optimizer=said["optimizer"], loop=loop, lora=lora
     )
     return Program(
         job=job,
         step=step,
-        state=jax.eval_shape(step.init_state, _params(network)),
-        frozen={},
+        state=jax.eval_shape(step.init_state, _params(trained)),
+        frozen={BASE: _frozen(network, memory)} if lora else {},
         batch=batch,
-        logical_axes=network.logical_axes,
-        frozen_axes={},
+        logical_axes=trained.logical_axes,
+        frozen_axes={BASE: network.logical_axes} if lora else {},
         loop=loop,
         memory=memory,
         mesh=said["mesh"],
@@ -367,7 +369,8 @@ def _trained_model(said: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
         return Model(given["model"])
     if has_folder:
         description = folders.read_description(folder, folders.kind_of(folder))
-        return Model(description.settings, encode=_encoder(folder))
+        encode, start = _encoder(folder)
+        return Model(description.settings, encode=encode, start=start)
     if said.get("model") is not None:
         return Model(said["model"])
     return _described(folder, "language_model", "model", given)

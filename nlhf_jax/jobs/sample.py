@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from nlhf_jax.checks import UserError, check_range
+from nlhf_jax.data.prompts import OWN_IF_ANY
 from nlhf_jax.jobs.speakers import check_prompts, load_speaker, with_the_rest
 
 
@@ -22,6 +23,8 @@ def sample(
     reference_checkpoint: str = "",
     beta: float = 0.0,
     mixture: Mapping[str, float] | None = None,
+    chat_template: str = OWN_IF_ANY,
+    system_prompt: str = "",
     seed: int = 0,
 ) -> None:
     """Prints a policy's responses, one a line.
@@ -38,6 +41,9 @@ def sample(
       reference_checkpoint: model folder of the reference, for a mixture.
       beta: weight of the reference in the mixture, in [0, 1].
       mixture: more model folders -> their weights; the policy's is what is left to one.
+      chat_template: "auto" asks in the policy's own chat template if its folder has
+        one; "" leaves prompts as they are; "model" or a file as in `DataSettings`.
+      system_prompt: what the template says before the prompt.
       seed: of sampling.
 
     Raises:
@@ -58,6 +64,8 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         max_decode_length=max_decode_length,
+        chat_template=chat_template,
+        system_prompt=system_prompt,
     )
     for answers in speaker(texts, num_samples=num_samples, seed=seed):
         for text in answers:

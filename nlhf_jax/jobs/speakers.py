@@ -14,6 +14,7 @@ import jax
 
 from nlhf_jax.checks import LARGEST_SEED, UserError, check_integer, check_range
 from nlhf_jax.data import batches as data_batches
+from nlhf_jax.data.prompts import OWN_IF_ANY, PromptFormat, prompt_format
 from nlhf_jax.jobs import folders, generation
 from nlhf_jax.jobs.policies import Policy, load_policy
 from nlhf_jax.mixture import speaker_weights
@@ -33,6 +34,7 @@ class TextSpeaker:
       policy: the first of its models; the others have its shape and vocabulary.
       weights: model folder -> weight.
       sampling: how tokens are drawn.
+      form: what stands around a prompt's text.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class TextSpeaker:
         params: Mapping[str, Params],
         weights: Mapping[str, float],
         sampling: SamplingSettings,
+        form: PromptFormat | None = None,
     ):
         """Takes models that `load_speaker` has read."""
+        self.form = form
         self.policy, self.weights, self.sampling = policy, dict(weights), sampling
         self._params = dict(params)
         self._generators: dict[int, generation.Generator] = {}
@@ -76,7 +80,7 @@ class TextSpeaker:
         repeated = [text for text in prompts for _ in range(num_samples)]
         length = self.policy.description.feature_lengths["inputs"]
         batch, num_cut = data_batches.prompt_batch(
-            repeated, self.policy.vocabulary, length
+            repeated, self.policy.vocabulary, length, self.form
         )
         if num_cut:
             print(
@@ -110,6 +114,8 @@ def load_speaker(
     top_k: int = 0,
     top_p: float = 1.0,
     max_decode_length: int = 0,
+    chat_template: str = OWN_IF_ANY,
+    system_prompt: str = "",
 ) -> TextSpeaker:
     """Reads a speaker from model folders.
 
@@ -123,6 +129,9 @@ def load_speaker(
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens of this probability; 1 keeps all.
       max_decode_length: tokens at most; 0 takes that of the first model's training.
+      chat_template: "auto" asks in the first model's own chat template if its folder
+        has one; "" leaves prompts as they are; "model" or a file as in `DataSettings`.
+      system_prompt: what the template says before the prompt.
 
     Raises:
       UserError: a folder is missing, models differ in shape or vocabulary, or a number
@@ -135,6 +144,7 @@ def load_speaker(
     speaker_weights(Speaker(weights), 0)
     first, *others = weights
     policy = load_policy(first)
+    form = prompt_format(policy.vocabulary, chat_template, system_prompt)
     folders.check_same_vocabulary(*weights)
     params = {first: policy.params}
     for other in others:
@@ -148,7 +158,7 @@ def load_speaker(
     sampling = SamplingSettings(
         max_decode_length or policy.response_length, temperature, top_k, top_p
     )
-    return TextSpeaker(policy, params, weights, sampling)
+    return TextSpeaker(policy, params, weights, sampling, form)
 
 
 def with_the_rest(first: str, others: Mapping[str, float]) -> dict[str, float]:

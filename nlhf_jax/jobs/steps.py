@@ -4,15 +4,19 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from nlhf_jax import optimizers, partitioning, supervised_step, train_step
-from nlhf_jax.settings import LoopSettings, OptimizerSettings
+from nlhf_jax.models.adapters import with_base
+from nlhf_jax.settings import LoopSettings, LoraSettings, OptimizerSettings
 from nlhf_jax.types import (
+    BASE,
     Algorithm,
     Judge,
     LanguageModel,
     Params,
+    ParamSets,
     Schedule,
     TrainState,
 )
@@ -48,6 +52,7 @@ def policy_step(
     loop: LoopSettings,
     max_decode_length: int,
     num_updates_per_rollout: int,
+    lora: LoraSettings | None = None,
 ) -> Step:
     """Returns the step of `train`: rollout, score and update.
 
@@ -59,25 +64,43 @@ def policy_step(
       loop: steps and microbatches.
       max_decode_length: longest response in tokens.
       num_updates_per_rollout: optimiser steps on the same responses.
+      lora: of adapters, where they are what is trained: the parameter sets are then
+        adapters on the frozen set "base".
     """
     transformation, rate = _optimizer_and_rate(
         optimizer, loop.train_steps * num_updates_per_rollout
     )
-    step_fn = train_step.make_train_step(
-        network,
-        algorithm,
-        judge,
-        transformation,
-        max_length=max_decode_length,
-        num_microbatches=loop.num_microbatches,
-        num_updates_per_rollout=num_updates_per_rollout,
-        learning_rate=rate,
-        skip_not_finite=loop.max_skipped_steps > 0,
-    )
+
+    def make(network: LanguageModel):
+        return train_step.make_train_step(
+            network,
+            algorithm,
+            judge,
+            transformation,
+            max_length=max_decode_length,
+            num_microbatches=loop.num_microbatches,
+            num_updates_per_rollout=num_updates_per_rollout,
+            learning_rate=rate,
+            skip_not_finite=loop.max_skipped_steps > 0,
+        )
+
     return Step(
-        step_fn,
+        _on_base(make, network, lora),
         lambda params: train_step.init_state(params, algorithm, transformation),
     )
+
+
+def _on_base(
+    make: Callable[[Any], Callable[..., Any]], network: Any, lora: LoraSettings | None
+) -> Callable[..., tuple[TrainState, dict]]:
+    """Returns a step, whose base with adapters is an argument, never a constant."""
+    if lora is None:
+        return make(network)
+
+    def step_fn(state: TrainState, frozen: ParamSets, batch: Any, key: jax.Array):
+        return make(with_base(network, frozen[BASE], lora))(state, frozen, batch, key)
+
+    return step_fn
 
 
 def supervised(
@@ -86,6 +109,7 @@ def supervised(
     *,
     optimizer: OptimizerSettings,
     loop: LoopSettings,
+    lora: LoraSettings | None = None,
 ) -> Step:
     """Returns the step of `sft`, `preference` or `reward`.
 
@@ -94,17 +118,22 @@ def supervised(
       network: what is trained.
       optimizer: its settings.
       loop: steps and microbatches.
+      lora: of adapters, as in `policy_step`.
     """
     transformation, rate = _optimizer_and_rate(optimizer, loop.train_steps)
-    update = make_step(
-        network,
-        transformation,
-        num_microbatches=loop.num_microbatches,
-        learning_rate=rate,
-        skip_not_finite=loop.max_skipped_steps > 0,
-    )
+
+    def make(network: Any):
+        update = make_step(
+            network,
+            transformation,
+            num_microbatches=loop.num_microbatches,
+            learning_rate=rate,
+            skip_not_finite=loop.max_skipped_steps > 0,
+        )
+        return lambda state, frozen, batch, key: update(state, batch, key)
+
     return Step(
-        lambda state, frozen, batch, key: update(state, batch, key),
+        _on_base(make, network, lora),
         lambda params: supervised_step.init_state(params, transformation),
     )
 

@@ -10,17 +10,20 @@ import jax
 import numpy as np
 
 from nlhf_jax import distributed, supervised_step
-from nlhf_jax.checks import check_integer
+from nlhf_jax.checks import UserError, check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data import tasks, vocabularies
 from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.evaluation import summaries
-from nlhf_jax.jobs import collect, folders, generation, runs, steps
+from nlhf_jax.jobs import collect, folders, generation, runs, steps, trained
+from nlhf_jax.jobs.adapters import check_goes_on, stand_on
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
+from nlhf_jax.jobs.policies import as_frozen, load_params
 from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    LoraSettings,
     MemorySettings,
     MeshSettings,
     OptimizerSettings,
@@ -41,6 +44,7 @@ def sft(
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
+    lora: LoraSettings | None = None,
 ) -> None:
     """Fine-tunes a language model on prompts and their target responses.
 
@@ -55,6 +59,8 @@ def sft(
       num_eval_examples: evaluation examples read, for the loss and for ROUGE.
       mesh: how devices are laid out.
       memory: what a step computes again or cuts up to fit.
+      lora: trains adapters on the weights of `initial_checkpoint_path`, which stay;
+        None trains all of the weights.
 
     Raises:
       UserError: the data, the vocabulary, the checkpoint or the folder is unusable.
@@ -100,12 +106,15 @@ def sft(
         evaluate,
         description=description,
         vocabulary_path=vocabulary_path,
+        chat_template=data.chat_template,
         model_dir=model_dir,
         optimizer=optimizer,
         loop=loop,
         seed=seed,
         initial_checkpoint_path=initial_checkpoint_path,
         mesh=mesh,
+        memory=memory,
+        lora=lora,
     )
 
 
@@ -122,6 +131,7 @@ def preference(
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
+    lora: LoraSettings | None = None,
 ) -> None:
     """Trains the pairwise preference model P(y > y' | x) on labelled comparisons.
 
@@ -139,6 +149,8 @@ def preference(
       num_eval_examples: held-out comparisons read at each evaluation.
       mesh: how devices are laid out.
       memory: what a step computes again or cuts up to fit.
+      lora: trains adapters on the weights of `initial_checkpoint_path`, which stay;
+        None trains all of the weights.
 
     Raises:
       UserError: the data, the checkpoint or the folder is unusable.
@@ -165,6 +177,7 @@ def reward(
     num_eval_examples: int = 512,
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
+    lora: LoraSettings | None = None,
 ) -> None:
     """Trains a Bradley-Terry reward model on labelled comparisons.
 
@@ -220,9 +233,11 @@ def _train_judge(
         lambda state: loss(state.param_sets[POLICY]),
         description=description,
         vocabulary_path=vocabulary_path,
+        chat_template=data.chat_template,
         model_dir=model_dir,
         loop=loop,
         initial_checkpoint_path=initial_checkpoint_path,
+        memory=memory,
         **how,
     )
 
@@ -259,40 +274,67 @@ def _run_supervised(
     *,
     description: folders.ModelDescription,
     vocabulary_path: str,
+    chat_template: str,
     model_dir: str,
     optimizer: OptimizerSettings,
     loop: LoopSettings,
     seed: int,
     initial_checkpoint_path: str,
     mesh: MeshSettings,
+    memory: MemorySettings,
+    lora: LoraSettings | None,
 ) -> None:
-    step = steps.supervised(make_step, network, optimizer=optimizer, loop=loop)
-    start = runs.initial_state(
-        network.init, initial_checkpoint_path, seed, step.init_state
+    step = steps.supervised(
+        make_step, network, optimizer=optimizer, loop=loop, lora=lora
     )
-    runs.check_layout(start, network.logical_axes, loop, mesh)
+    first = initial_checkpoint_path
+    one = _trained(network, first, seed, step, mesh, memory, lora)
+    runs.check_layout(one.start, one.logical_axes, loop, mesh)
+    check_goes_on(pathlib.Path(model_dir).expanduser(), one.stand)
     folder = runs.open_folder(model_dir, seed)
-    folders.describe(folder, description, vocabulary_path)
+    one.describe(folder, description, vocabulary_path, chat_template)
     runs.run(
         runs.Training(
             name,
             step.step_fn,
-            {},
+            one.frozen,
             lambda step, rows: train.batch(seed, step, loop.batch_size, rows),
-            evaluate,
+            one.evaluated(evaluate),
             {
                 "data/truncated_prompts": train.num_truncated_prompts,
                 "data/truncated_share": train.num_truncated_prompts
                 / train.num_examples,
             },
-            network.logical_axes,
+            one.logical_axes,
+            one.frozen_axes,
         ),
         folder=folder,
-        initial_state=start,
+        initial_state=one.start,
         settings=loop,
         seed=seed,
         mesh=mesh,
     )
+
+
+def _trained(
+    network: Any,
+    first: str,
+    seed: int,
+    step: steps.Step,
+    mesh: MeshSettings,
+    memory: MemorySettings,
+    lora: LoraSettings | None,
+) -> trained.Trained:
+    if lora is None:
+        return trained.whole(network, first, seed, step.init_state)
+    if not first:
+        raise UserError(
+            "with lora, initial_checkpoint_path must name the model whose weights "
+            "stay, got ''"
+        )
+    stand = stand_on(first, lora)
+    base = as_frozen(load_params(stand.base, network, mesh), memory)
+    return trained.on_base(stand, network, base, seed, step.init_state)
 
 
 def _mean_over(

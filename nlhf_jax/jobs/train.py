@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: pursue the equilibrium of the preference game from a reference."""
 
+import dataclasses
 import functools
 import pathlib
+from typing import Any
 
-from nlhf_jax import distributed, global_arrays
+from nlhf_jax import distributed, global_arrays, partitioning
 from nlhf_jax.alarms import AlarmSettings
 from nlhf_jax.checkpoints import save_params
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
-from nlhf_jax.jobs import folders, judges, runs, steps
+from nlhf_jax.jobs import folders, judges, runs, steps, trained
+from nlhf_jax.jobs.adapters import Stand, check_goes_on, starts_at
 from nlhf_jax.jobs.held_out import HeldOut
 from nlhf_jax.jobs.policies import Policy, as_frozen, load_policy
+from nlhf_jax.jobs.trained import Trained, stand_of
+from nlhf_jax.models.adapters import adapted
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
+    LoraSettings,
     MemorySettings,
     MeshSettings,
     OptimizerSettings,
 )
-from nlhf_jax.types import REFERENCE, Algorithm, TrainState
+from nlhf_jax.types import REFERENCE, Algorithm, Params, TrainState
 
 
 def train(
@@ -42,6 +48,7 @@ def train(
     mesh: MeshSettings = MeshSettings(),  # noqa: B008 frozen, so it can be shared
     memory: MemorySettings = MemorySettings(),  # noqa: B008
     alarms: AlarmSettings = AlarmSettings(),  # noqa: B008
+    lora: LoraSettings | None = None,
 ) -> None:
     """Trains a policy with one of the registered algorithms.
 
@@ -68,6 +75,8 @@ def train(
       mesh: how devices are laid out.
       memory: what a step computes again, cuts up or halves to fit.
       alarms: when figures of the policy or the judge give a warning.
+      lora: trains adapters on the reference's weights, which policy and reference then
+        share; None trains all of the weights.
 
     Raises:
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
@@ -77,60 +86,116 @@ def train(
     check_judges(algorithm, *named)
     check_sets(algorithm, write_sets)
     check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
-    reference = load_policy(reference_checkpoint, memory, mesh)
-    judge = _load_judge(algorithm, reference_checkpoint, *named, memory, mesh)
-    prompts, held_out = (
-        data_batches.load_supervised(data, split, reference.vocabulary)
-        for split in ("train", "evaluation")
-    )
+    stand = stand_of(reference_checkpoint, lora)
+    reference = _reference(reference_checkpoint, stand, memory, mesh)
+    shared = None if stand is None else (stand.digest, reference.params)
+    judge = _load_judge(algorithm, reference_checkpoint, *named, memory, mesh, shared)
+    prompts, held_out = _prompts(data, reference)
     max_decode_length = max_decode_length or reference.response_length
-    network = reference.network
     step = steps.policy_step(
-        network,
+        reference.network,
         algorithm,
         judge.judge,
         optimizer=optimizer,
         loop=loop,
         max_decode_length=max_decode_length,
         num_updates_per_rollout=num_updates_per_rollout,
+        lora=lora,
     )
-    start = runs.initial_state(
-        network.init,
-        initial_checkpoint_path or reference_checkpoint,
-        seed,
-        step.init_state,
-    )
-    runs.check_layout(start, network.logical_axes, loop, mesh)
+    first = initial_checkpoint_path or reference_checkpoint
+    side = _sides(stand, first, reference, step, memory, mesh, seed)
+    runs.check_layout(side.trained.start, side.trained.logical_axes, loop, mesh)
+    check_goes_on(pathlib.Path(model_dir).expanduser(), side.trained.stand)
     folder = runs.open_folder(model_dir, seed)
-    folders.describe(folder, reference.description, reference.vocabulary_path)
+    side.trained.describe(
+        folder, reference.description, reference.vocabulary_path, data.chat_template
+    )
+    evaluate = HeldOut(
+        side.reference,
+        judge,
+        held_out,
+        num_prompts=num_eval_examples,
+        num_gap_samples=num_gap_samples,
+        max_decode_length=max_decode_length,
+        seed=seed,
+        folder=folder / "samples" / "held_out",
+    )
     state = runs.run(
         runs.Training(
             algorithm.name,
             step.step_fn,
-            {REFERENCE: as_frozen(reference.params, memory)} | judge.frozen,
+            side.frozen | judge.frozen,
             lambda step, rows: prompts.batch(seed, step, loop.batch_size, rows).prompts,
-            HeldOut(
-                reference,
-                judge,
-                held_out,
-                num_prompts=num_eval_examples,
-                num_gap_samples=num_gap_samples,
-                max_decode_length=max_decode_length,
-                seed=seed,
-                folder=folder / "samples" / "held_out",
-            ),
+            side.trained.evaluated(evaluate),
             {"data/truncated_prompts": prompts.num_truncated_prompts},
-            network.logical_axes,
-            {REFERENCE: network.logical_axes} | judge.logical_axes,
+            side.trained.logical_axes,
+            side.frozen_axes | judge.logical_axes,
             alarms,
         ),
         folder=folder,
-        initial_state=start,
+        initial_state=side.trained.start,
         settings=loop,
         seed=seed,
         mesh=mesh,
     )
-    _write_sets(folder, write_sets, state, reference)
+    _write_sets(folder, write_sets, state, side.trained, reference)
+
+
+def _prompts(data: DataSettings, reference: Policy):
+    """Returns the examples that are trained on, and those held out."""
+    return (
+        data_batches.load_supervised(data, split, reference.vocabulary)
+        for split in ("train", "evaluation")
+    )
+
+
+def _reference(
+    checkpoint: str, stand: Stand | None, memory: MemorySettings, mesh: MeshSettings
+) -> Policy:
+    """Returns the reference; for adapters their base, in the dtype it is kept in."""
+    if stand is None:
+        return load_policy(checkpoint, memory, mesh)
+    base = load_policy(checkpoint, memory, mesh, stand.base)
+    return dataclasses.replace(base, params=as_frozen(base.params, memory))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+    """What is trained and what it is compared with; with adapters they share a base."""
+
+    trained: Trained
+    reference: Policy
+    frozen: dict[str, Any]
+    frozen_axes: dict[str, Any]
+
+
+def _sides(
+    stand: Stand | None,
+    first: str,
+    reference: Policy,
+    step: steps.Step,
+    memory: MemorySettings,
+    mesh: MeshSettings,
+    seed: int,
+) -> _Sides:
+    network = reference.network
+    kept = as_frozen(reference.params, memory)
+    if stand is None:
+        return _Sides(
+            trained.whole(network, first, seed, step.init_state),
+            reference,
+            {REFERENCE: kept},
+            {REFERENCE: network.logical_axes},
+        )
+    mine = starts_at(stand, first)
+    policy = trained.on_base(mine, network, kept, seed, step.init_state)
+    theirs = stand.adapters(network, partitioning.make_mesh(mesh))
+    return _Sides(
+        policy,
+        dataclasses.replace(reference, params=adapted(kept, theirs, stand.lora)),
+        {REFERENCE: theirs} | dict(policy.frozen),
+        {REFERENCE: trained.reference_axes(stand, network)} | policy.frozen_axes,
+    )
 
 
 def asks(algorithm: Algorithm) -> set[str]:
@@ -148,6 +213,7 @@ def _load_judge(
     reward: str,
     memory: MemorySettings,
     mesh: MeshSettings,
+    shared: tuple[str, Params] | None,
 ) -> judges.LoadedJudge:
     return judges.load_judge(
         policy_checkpoint=policy,
@@ -156,6 +222,7 @@ def _load_judge(
         reward_checkpoint=reward if "reward" in asks(algorithm) else "",
         memory=memory,
         mesh=mesh,
+        shared=shared,
     )
 
 
@@ -195,12 +262,16 @@ def check_sets(algorithm: Algorithm, names: tuple[str, ...]) -> None:
 
 
 def _write_sets(
-    folder: pathlib.Path, names: tuple[str, ...], state: TrainState, reference: Policy
+    folder: pathlib.Path,
+    names: tuple[str, ...],
+    state: TrainState,
+    is_of: Trained,
+    reference: Policy,
 ) -> None:
     """Writes parameter sets as model folders of their own, MODEL_DIR/sets/NAME."""
     for name in names:
         target = folder / "sets" / name
-        folders.describe(target, reference.description, reference.vocabulary_path)
+        is_of.describe(target, reference.description, folders.vocabulary_file(folder))
         params = global_arrays.fetch(state.param_sets[name])
         distributed.first_does(
             "parameter set", functools.partial(save_params, target, params, "float32")

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nlhf_jax.constraints import gather
-from nlhf_jax.types import Cache, LanguageModel, Params, PromptBatch, TokenScores
+from nlhf_jax.models.layers import ADAPTERS
+from nlhf_jax.types import (
+    Adapted,
+    Cache,
+    LanguageModel,
+    Params,
+    PromptBatch,
+    TokenScores,
+)
 
 
 def language_model_of(
@@ -40,7 +48,7 @@ def language_model_of(
         return nn.unbox(boxed(key))
 
     def apply(method, params, *given, **how):
-        return network.apply({"params": params}, *given, method=method, **how)
+        return network.apply(_variables(params), *given, method=method, **how)
 
     def forward(method, params, prompts, tokens_BT, dropout_key):
         use_dropout = dropout_key is not None and dropout_rate > 0
@@ -96,8 +104,17 @@ def language_model_of(
     )
 
 
+def _variables(params: Params) -> dict[str, Any]:
+    """Returns what flax applies: the parameters, and adapters beside them."""
+    if isinstance(params, Adapted):
+        return {"params": params.base, ADAPTERS: params.adapters}
+    return {"params": params}
+
+
 def _for_decoding(dtype: str, axes: Any, params: Params) -> Params:
     """Returns the decoder's weights cast and gathered as a step would, all at once."""
+    if isinstance(params, Adapted):
+        return params._replace(base=_for_decoding(dtype, axes, params.base))
 
     def one(path, leaf, names):
         # The output layer and what is added to float32 stay as they are.

@@ -24,6 +24,8 @@ NUM_BUCKETS = 32
 MAX_DISTANCE = 128
 MASKED = -1e10  # added to the logits of keys that must not be seen
 NORM_EPSILON = 1e-6
+ADAPTERS = "adapters"  # flax's collection of what `types.Adapted` adds
+RANK = "lora_rank"
 
 # T5X's initialisers; with inputs of variance 1 all outputs but the query's have it too.
 TRUNCATED = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -91,6 +93,8 @@ class Dense(nn.Module):
         )
         kernel_DF = gather(kernel_DF.astype(self.dtype), self.axes)
         product = x.astype(self.dtype) @ kernel_DF
+        if self.has_variable(ADAPTERS, "lora_a"):
+            product = product + self._adapter(x.astype(self.dtype))
         if not self.use_bias:
             return product
         axes = self.axes[1:]
@@ -98,6 +102,20 @@ class Dense(nn.Module):
         bias_F = self.param("bias", zeros, (self.features,), jnp.float32)
         bias_F = gather(bias_F.astype(self.dtype), axes)
         return product + bias_F.reshape((1,) * (x.ndim - 1) + (-1,))
+
+    def _adapter(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Returns x A B; see `types.Adapted` for the axis that rows may have."""
+        leaves = {"lora_a": (self.axes[0], RANK), "lora_b": (RANK, self.axes[1])}
+        for name, axes in leaves.items():
+            leaf = self.get_variable(ADAPTERS, name).astype(self.dtype)
+            if leaf.ndim == 2:
+                x = x @ gather(leaf, axes)
+                continue
+            leaf_NDF = gather(leaf, (None, *axes))
+            x_BN = x.reshape(-1, len(leaf_NDF), *x.shape[1:])
+            x_BN = jnp.einsum("bn...d,ndf->bn...f", x_BN, leaf_NDF)
+            x = x_BN.reshape(-1, *x_BN.shape[2:])
+        return x
 
 
 class RMSNorm(nn.Module):

@@ -46,16 +46,17 @@ def through_layers(
     # Unbound: its weights are handed to it.
     network = layer_class(block.settings, parent=None)
     num_layers = len(block.layers)
-    weights = [block.variables["params"][f"layers_{i}"] for i in range(num_layers)]
+    weights = [
+        {kind: tree.get(f"layers_{i}", {}) for kind, tree in block.variables.items()}
+        for i in range(num_layers)
+    ]
     seed = block.make_rng("dropout") if use_dropout else jax.random.key(0)
     keys = jax.random.split(seed, num_layers)
 
     def one(x, given):
-        params, key, mine = given
+        variables, key, mine = given
         rngs = {"dropout": key} if use_dropout else None
-        return network.apply(
-            {"params": params}, x, *mine, *shared, use_dropout, rngs=rngs
-        )
+        return network.apply(variables, x, *mine, *shared, use_dropout, rngs=rngs)
 
     memory = block.memory
     if memory.remat in REMAT_POLICIES:

@@ -70,10 +70,15 @@ class EncoderLayer(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = FeedForward(self.settings)
         self.drop = dropout_module(self.settings)
+        if self.settings.bias_in_each_layer:
+            self.relpos_bias = RelativeBias(self.settings.num_heads, bidirectional=True)
 
     def __call__(self, x_BSD, bias, use_dropout: bool):
         """Returns the layer's output, [B, S, D]."""
         dropout = functools.partial(self.drop, deterministic=not use_dropout)
+        if self.settings.bias_in_each_layer:
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias = bias + self.relpos_bias(positions_S, positions_S)
         h_BSD = self.pre_attention_layer_norm(x_BSD)
         x_BSD = x_BSD + dropout(self.attention(h_BSD, bias, dropout))
         h_BSD = self.pre_mlp_layer_norm(x_BSD)
@@ -94,6 +99,16 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = FeedForward(self.settings)
         self.drop = dropout_module(self.settings)
+        if self.settings.bias_in_each_layer:
+            self.relpos_bias = RelativeBias(
+                self.settings.num_heads, bidirectional=False
+            )
+
+    def _biased(self, bias, query_positions_Q, key_positions_S):
+        """Returns self-attention's bias with the layer's own, if it has one."""
+        if not self.settings.bias_in_each_layer:
+            return bias
+        return bias + self.relpos_bias(query_positions_Q, key_positions_S)
 
     def _rest(self, x_BTD, cross, cross_bias, dropout):
         h_BTD = self.pre_cross_attention_layer_norm(x_BTD)
@@ -107,6 +122,8 @@ class DecoderLayer(nn.Module):
     def __call__(self, x_BTD, encoded_BSD, self_bias, cross_bias, use_dropout: bool):
         """Returns the layer's output on a whole response, [B, T, D]."""
         dropout = functools.partial(self.drop, deterministic=not use_dropout)
+        positions_T = jnp.arange(x_BTD.shape[1])
+        self_bias = self._biased(self_bias, positions_T, positions_T)
         h_BTD = self.pre_self_attention_layer_norm(x_BTD)
         x_BTD = x_BTD + dropout(self.self_attention(h_BTD, self_bias, dropout))
         cross = self.encoder_decoder_attention.keys_values(encoded_BSD)
@@ -124,6 +141,8 @@ class DecoderLayer(nn.Module):
     def step(self, x_R1D, cache: LayerCache, step, self_bias, cross_bias):
         """Returns (output of one position, cache with that position written)."""
         h_R1D = self.pre_self_attention_layer_norm(x_R1D)
+        keys_T = jnp.arange(cache.self_keys_RHTK.shape[2])
+        self_bias = self._biased(self_bias, step[None], keys_T)
         write = functools.partial(
             jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=2
         )
@@ -144,7 +163,8 @@ class Encoder(nn.Module):
 
     def setup(self):
         s = self.settings
-        self.relpos_bias = RelativeBias(s.num_heads, bidirectional=True)
+        if not s.bias_in_each_layer:
+            self.relpos_bias = RelativeBias(s.num_heads, bidirectional=True)
         self.layers = [EncoderLayer(s) for _ in range(s.num_encoder_layers)]
         self.encoder_norm = RMSNorm(s.dtype)
         self.drop = dropout_module(s)
@@ -152,8 +172,10 @@ class Encoder(nn.Module):
     def __call__(self, x_BSD, mask_BS, use_dropout: bool):
         """Returns the prompt's encoding, [B, S, D]."""
         dropout = functools.partial(self.drop, deterministic=not use_dropout)
-        positions_S = jnp.arange(x_BSD.shape[1])
-        bias = self.relpos_bias(positions_S, positions_S) + key_bias(mask_BS)
+        bias = key_bias(mask_BS)
+        if not self.settings.bias_in_each_layer:
+            positions_S = jnp.arange(x_BSD.shape[1])
+            bias = self.relpos_bias(positions_S, positions_S) + bias
         x_BSD = dropout(x_BSD)
         x_BSD = through_layers(self, EncoderLayer, x_BSD, (bias,), use_dropout)
         return dropout(self.encoder_norm(x_BSD))
@@ -167,7 +189,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         s = self.settings
-        self.relpos_bias = RelativeBias(s.num_heads, bidirectional=False)
+        if not s.bias_in_each_layer:
+            self.relpos_bias = RelativeBias(s.num_heads, bidirectional=False)
         self.layers = [DecoderLayer(s) for _ in range(s.num_decoder_layers)]
         self.decoder_norm = RMSNorm(s.dtype)
         if not s.logits_via_embedding:
@@ -195,8 +218,9 @@ class Decoder(nn.Module):
         dropout = functools.partial(self.drop, deterministic=not use_dropout)
         positions_T = jnp.arange(x_BTD.shape[1])
         is_future_TT = positions_T[None, :] > positions_T[:, None]
-        causal = jnp.where(is_future_TT, MASKED, 0.0)[None, None]
-        self_bias = self.relpos_bias(positions_T, positions_T) + causal
+        self_bias = jnp.where(is_future_TT, MASKED, 0.0)[None, None]
+        if not self.settings.bias_in_each_layer:
+            self_bias = self.relpos_bias(positions_T, positions_T) + self_bias
         cross_bias = key_bias(mask_BS)
         shared = (encoded_BSD, self_bias, cross_bias)
         x_BTD = through_layers(self, DecoderLayer, dropout(x_BTD), shared, use_dropout)
@@ -210,8 +234,9 @@ class Decoder(nn.Module):
     def step(self, x_R1D, cache: T5Cache, step, embedding):
         """Returns (logits_RV of position `step`, cache)."""
         keys_T = jnp.arange(cache.layers[0].self_keys_RHTK.shape[2])
-        not_yet = jnp.where(keys_T > step, MASKED, 0.0)[None, None, None, :]
-        self_bias = self.relpos_bias(step[None], keys_T) + not_yet
+        self_bias = jnp.where(keys_T > step, MASKED, 0.0)[None, None, None, :]
+        if not self.settings.bias_in_each_layer:
+            self_bias = self.relpos_bias(step[None], keys_T) + self_bias
         cross_bias = key_bias(cache.mask_RS)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):

@@ -26,6 +26,7 @@ from nlhf_jax.sequences import (
 )
 from nlhf_jax.types import (
     POLICY,
+    Adapted,
     LanguageModel,
     Params,
     ParamSets,
@@ -73,9 +74,10 @@ def tabular_model(
     def logits(params, prompts, tokens_BT, dropout_key=None):
         del prompts, dropout_key
         prefix_B = jnp.zeros(tokens_BT.shape[0], jnp.int32)
+        table_TPV = _table(params)
         positions = []
         for t in range(tokens_BT.shape[1]):
-            positions.append(jnp.asarray(params["table"])[t][prefix_B])
+            positions.append(table_TPV[t][prefix_B])
             prefix_B = prefix_B * vocab_size + tokens_BT[:, t]
         return jnp.stack(positions, axis=1)
 
@@ -86,7 +88,11 @@ def tabular_model(
 
     def decode_step(params, cache, tokens_R, step):
         prefix_R = jnp.where(step == 0, 0, cache["prefix_R"] * vocab_size + tokens_R)
-        return params["table"][step][prefix_R], {"prefix_R": prefix_R}
+        table = _table(params)
+        if table.ndim == 4:  # one for each of the sets that are joined
+            set_R = jnp.arange(len(tokens_R)) % len(table)
+            return table[set_R, step, prefix_R], {"prefix_R": prefix_R}
+        return table[step][prefix_R], {"prefix_R": prefix_R}
 
     axes = {"table": ("length", None, "vocab")}
     return LanguageModel(
@@ -100,6 +106,17 @@ def tabular_model(
         eos_id=eos_id,
         **from_all_logits(logits),
     )
+
+
+def _table(params: Params) -> jax.Array:
+    """Returns the logits [.., T, P, V], what adapters add included."""
+    if not isinstance(params, Adapted):
+        return jnp.asarray(params["table"])
+    table = jnp.asarray(params.base["table"])
+    if not params.adapters:
+        return table
+    added = params.adapters["table"]["lora_a"] @ params.adapters["table"]["lora_b"]
+    return added + table.reshape((1,) * (added.ndim - 3) + table.shape)
 
 
 def table(*positions: np.ndarray | Sequence) -> Params:

@@ -31,7 +31,9 @@ class PairwiseTemplate:
       before_second: label of the second response.
       end: label of the answer.
       answer_id: the id whose last logit is the score; any fixed id will do.
-      eos_id: ends the sequence, and is left out of its parts.
+      eos_id: ends the sequence, and is left out at the end of its parts.
+      start: ids that begin any text of the model's, and are left out at the beginning
+        of the document.
     """
 
     instruction: tuple[int, ...]
@@ -40,6 +42,7 @@ class PairwiseTemplate:
     end: tuple[int, ...]
     answer_id: int
     eos_id: int = 1
+    start: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class RewardTemplate:
     before_response: tuple[int, ...]
     answer_id: int
     eos_id: int = 1
+    start: tuple[int, ...] = ()
 
 
 def pairwise_template(encode: Encode) -> PairwiseTemplate:
@@ -107,10 +111,22 @@ def words(ids: Sequence[int], batch_size: int) -> Segment:
     return tokens_BN, jnp.ones(tokens_BN.shape, bool)
 
 
-def cut(prompts: PromptBatch, length: int, eos_id: int) -> Segment:
-    """Returns the first `length` columns of the document, without the end token."""
-    tokens_BN, mask_BN = prompts.tokens_BS[:, :length], prompts.mask_BS[:, :length]
-    return tokens_BN, mask_BN & (tokens_BN != eos_id)
+def cut(
+    prompts: PromptBatch, length: int, eos_id: int, start: Sequence[int] = ()
+) -> Segment:
+    """Returns the first `length` columns of the document, without its own frame.
+
+    The end token is left out where it is the last, and `start` where it is the first:
+    inside, a chat template ends turns with it.
+    """
+    tokens_BS, mask_BS = prompts
+    columns_1S = jnp.arange(tokens_BS.shape[1])[None, :]
+    last_B1 = mask_BS.sum(axis=1, keepdims=True) - 1
+    mask_BS = mask_BS & ~((columns_1S == last_B1) & (tokens_BS == eos_id))
+    for column, token_id in enumerate(start):
+        is_start_BS = (columns_1S == column) & (tokens_BS == token_id)
+        mask_BS = mask_BS & ~is_start_BS
+    return tokens_BS[:, :length], mask_BS[:, :length]
 
 
 def whole(responses: Responses, length: int, eos_id: int) -> Segment:
@@ -150,8 +166,8 @@ def pairwise_input(
     """
     batch, eos = prompts.tokens_BS.shape[0], template.eos_id
     segments = (
-        words(template.instruction, batch),
-        cut(prompts, prompt_length, eos),
+        words((*template.start, *template.instruction), batch),
+        cut(prompts, prompt_length, eos, template.start),
         words(template.before_first, batch),
         whole(first, response_length, eos),
         words(template.before_second, batch),
@@ -178,8 +194,8 @@ def reward_input(
     """
     batch, eos = prompts.tokens_BS.shape[0], template.eos_id
     segments = (
-        words(template.context, batch),
-        cut(prompts, prompt_length, eos),
+        words((*template.start, *template.context), batch),
+        cut(prompts, prompt_length, eos, template.start),
         words(template.before_response, batch),
         whole(responses, response_length, eos),
         words((eos,), batch),

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlhf import` and `nlhf export`: weights between this package and others.
+
+Both open a source, write another format tensor by tensor into a folder beside the
+target, and rename it at the end: a target is whole or not there.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from nlhf_jax.checks import UserError, check_local_folder
+from nlhf_jax.conversion import agreement, formats
+from nlhf_jax.conversion.shapes import check_complete
+from nlhf_jax.conversion.tensors import Weights, cast
+from nlhf_jax.data import vocabularies
+from nlhf_jax.decoder_settings import DecoderOnlySettings
+from nlhf_jax.jobs import conversion_flags, folders, model_cards, our_weights
+from nlhf_jax.models.t5 import EOS_ID, PAD_ID
+
+HUGGING_FACE = "hugging_face"
+LOADED_AS_THEY_ARE = (HUGGING_FACE, "gguf")  # by transformers
+
+
+def import_model(words: Sequence[str]) -> int:
+    """Makes a model folder of weights in another format: Hugging Face and others.
+
+    Raises:
+      UserError: flags that make no sense, or a source that cannot be taken whole; then
+        nothing is written.
+    """
+    options, own = conversion_flags.import_options(words)
+    if options.check:
+        agreement.require()
+    source = pathlib.Path(options.source).expanduser()
+    target = free_target("to", options.to)
+    name = options.format or formats.recognised(source)
+    chosen = formats.load(name)
+    conversion_flags.check_flags(name, own, chosen.open_flags)
+    weights = chosen.open(source, own)
+    weights = with_vocabulary(weights, options.vocabulary)
+    check_complete(weights)
+    weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
+    lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
+    with written_whole(target) as folder:
+        given = {"feature_lengths": lengths, "is_merged": False}
+        our_weights.write_folder(folder, weights, given)
+        if options.check:
+            print(_check_import(name, source, folder, options))
+    print(f"imported {summary(weights)} ({name}) into {options.to}")
+    return 0
+
+
+def export_model(words: Sequence[str]) -> int:
+    """Writes a model folder's weights in another format: Hugging Face and others.
+
+    Raises:
+      UserError: flags that make no sense, or weights that the format cannot hold; then
+        nothing is written.
+    """
+    options, own = conversion_flags.export_options(words)
+    if options.check and options.format == HUGGING_FACE:
+        agreement.require()
+    chosen = formats.load(options.format)
+    if chosen.write is None:
+        raise UserError(f"{options.format} is only read: it has no writer")
+    conversion_flags.check_flags(options.format, own, chosen.write_flags)
+    target = free_target("to", options.to)
+    source = pathlib.Path(options.checkpoint).expanduser()
+    weights = our_weights.open_folder(source, {})
+    check_complete(weights)
+    weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
+    lengths = folders.read_description(source).feature_lengths
+    given = {
+        "feature_lengths": lengths,
+        "max_positions": sum(lengths.values()),
+        "shard_bytes": round(options.shard_gigabytes * 1e9),
+    }
+    with written_whole(target) as folder:
+        chosen.write(folder, weights, given | own)
+        step = int(source.name) if source.name.isdecimal() else None
+        home = folders.find_model_dir(source)
+        card = model_cards.model_card(target.name, home, weights, step)
+        (folder / model_cards.CARD).write_text(card, encoding="utf-8")
+        if options.check:
+            print(_check_export(chosen, folder, weights, options, own))
+    print(f"exported {summary(weights)} into {options.to} ({options.format})")
+    return 0
+
+
+def _check_import(
+    name: str, source: pathlib.Path, folder: pathlib.Path, options: Any
+) -> str:
+    """Returns how the folder compares with what transformers makes of the source.
+
+    A source that transformers does not read is written for it first.
+    """
+    weights = our_weights.open_folder(folder, {})
+    rows = _prompt_rows(weights, options.prompt)
+    if name in LOADED_AS_THEY_ARE:
+        model = agreement.load_theirs(source, options.dtype)
+    else:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            longest = {"max_positions": agreement.LONGEST_PROMPT * 2}
+            given = longest | {"shard_bytes": 1 << 40}
+            formats.load(HUGGING_FACE).write(pathlib.Path(place), weights, given)
+            model = agreement.load_theirs(pathlib.Path(place))
+    found = agreement.compare(weights, model, rows, length=agreement.NUM_TOKENS)
+    return agreement.check(found)
+
+
+def _check_export(
+    chosen: formats.Format,
+    folder: pathlib.Path,
+    weights: Weights,
+    options: Any,
+    own: dict[str, str],
+) -> str:
+    """Returns how the result compares with the weights, as its users load it.
+
+    What only we read is read again, and must be the same bit for bit.
+    """
+    if options.format == HUGGING_FACE:
+        rows = _prompt_rows(weights, options.prompt)
+        model = agreement.load_theirs(folder)
+        found = agreement.compare(weights, model, rows, length=agreement.NUM_TOKENS)
+        return agreement.check(found)
+    known = {flag: value for flag, value in own.items() if flag in chosen.open_flags}
+    if weights.adapters is not None:
+        known["base"] = weights.adapters.base
+    again = chosen.open(folder, known)
+    for path, tensor in weights.tensors.items():
+        there = again.tensors.get(path)
+        if there is None or not np.array_equal(there.read(), tensor.read()):
+            raise UserError(f"--check: tensor {path} is not what was written")
+    return f"read again, all {len(again.tensors)} tensors are the same"
+
+
+def _prompt_rows(weights: Weights, texts: Sequence[str]) -> list[list[int]]:
+    vocabulary = vocabularies.load_vocabulary(_vocabulary_path(weights))
+    return agreement.prompt_rows(texts, vocabulary, weights)
+
+
+def _vocabulary_path(weights: Weights) -> str:
+    name = our_weights.vocabulary_of(weights)
+    return name if name == folders.BYTE_VOCABULARY else str(weights.files[name])
+
+
+def free_target(name: str, folder: str) -> pathlib.Path:
+    """Returns the folder that is to be made.
+
+    Raises:
+      UserError: something is there already, or the folder it is to lie in is not.
+    """
+    target = pathlib.Path(check_local_folder(name, folder)).expanduser().absolute()
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{name}: there is already something at {folder!r}")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{name}: {str(parent)!r} is no folder that can be written to")
+    return target
+
+
+@contextlib.contextmanager
+def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives an empty folder that becomes `target` at the end; after an error, nothing.
+
+    Raises:
+      UserError: the disk is full, or may not be written to.
+    """
+    made = [parent for parent in target.parents if not parent.exists()]
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():  # os.rename takes an empty folder's place
+            raise UserError(f"something was made at {str(target)!r} meanwhile")
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{str(target)!r} is not written: {error}") from error
+        raise
+
+
+def with_vocabulary(weights: Weights, vocabulary: str) -> Weights:
+    """Returns weights with the vocabulary that is named, or their own; it is read once.
+
+    A decoder-only network takes its padding and its end from the vocabulary, since both
+    must be one.
+
+    Args:
+      weights: of any network.
+      vocabulary: a SentencePiece model, a tokenizer.json, or "byte"; "" is their own.
+
+    Raises:
+      UserError: there is none, it cannot be read, it has more ids than the network, or
+        a T5's has other ids for padding and end than T5.
+    """
+    files = dict(weights.files)
+    if vocabulary:
+        for name in (folders.VOCABULARY_FILE, our_weights.TOKENIZER):
+            files.pop(name, None)
+        is_byte = vocabulary == folders.BYTE_VOCABULARY
+        weights = dataclasses.replace(weights, vocabulary=vocabulary if is_byte else "")
+        if not is_byte:
+            path = pathlib.Path(vocabulary).expanduser()
+            # What says which of its tokens are special lies beside it.
+            for companion in our_weights.COMPANIONS:
+                if (path.parent / companion).is_file():
+                    files[companion] = path.parent / companion
+            files.pop(our_weights.TOKENIZER, None)
+            is_json = path.suffix == ".json"
+            files[our_weights.TOKENIZER if is_json else folders.VOCABULARY_FILE] = path
+    weights = dataclasses.replace(weights, files=files)
+    read = vocabularies.load_vocabulary(_vocabulary_path(weights))
+    vocabularies.check_vocabulary(read, weights.settings.vocab_size)
+    if not isinstance(weights.settings, DecoderOnlySettings):
+        if (read.pad_id, read.eos_id) != (PAD_ID, EOS_ID):
+            raise UserError(
+                f"the vocabulary of a T5 must have padding {PAD_ID} and end {EOS_ID}, "
+                f"got {read.pad_id} and {read.eos_id}"
+            )
+        return weights
+    settings = dataclasses.replace(
+        weights.settings, pad_id=read.pad_id, eos_id=read.eos_id
+    )
+    return dataclasses.replace(weights, settings=settings)
+
+
+def summary(weights: Weights) -> str:
+    """Returns how many tensors and parameters there are, in words."""
+    total = sum(_size(tensor.shape) for tensor in weights.tensors.values())
+    return f"{len(weights.tensors)} tensors, {total:,} parameters"
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

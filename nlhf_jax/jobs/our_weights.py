@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders of this package as a format that weights are read from and written in.
+
+What is read: a parameter file, or the newest good checkpoint of a run, or one step's,
+from all of which the policy's parameters are taken.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from nlhf_jax import manifests, parameter_files, stored_states
+from nlhf_jax.checks import CheckpointError, UserError, check_integer
+from nlhf_jax.conversion import peft, safetensors_files
+from nlhf_jax.conversion.formats import Format, Options
+from nlhf_jax.conversion.hugging_face_folders import THEIR_CONFIG
+from nlhf_jax.conversion.hugging_face_tokenizers import COMPANIONS, TOKENIZER
+from nlhf_jax.conversion.shapes import nested
+from nlhf_jax.conversion.tensors import Adapters, Tensor, Weights
+from nlhf_jax.jobs import adapters, folders
+from nlhf_jax.types import POLICY
+
+# Beside vocabulary.model, what an imported model's folder keeps of its source.
+KEPT = (*COMPANIONS, THEIR_CONFIG)
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """Whether a path leads to a model folder."""
+    try:
+        return folders.find_model_dir(path).is_dir()
+    except UserError:
+        return False
+
+
+def open_folder(path: pathlib.Path, options: Options) -> Weights:
+    """Returns the weights of a language model's folder, none of them read.
+
+    Args:
+      path: a model folder, its `checkpoints` folder, or one step's.
+      options: none is known.
+
+    Raises:
+      UserError: no language model, no checkpoint that is whole, or no vocabulary.
+    """
+    del options
+    description = folders.read_description(path)
+    folder = folders.find_model_dir(path)
+    named = folders.vocabulary_file(path)
+    files = {name: folder / name for name in KEPT if (folder / name).is_file()}
+    if named != folders.BYTE_VOCABULARY:
+        files[pathlib.Path(named).name] = pathlib.Path(named)
+    weights = Weights(
+        description.settings,
+        tensors_in(folders.resolve(path)),
+        files,
+        folders.BYTE_VOCABULARY if named == folders.BYTE_VOCABULARY else "",
+    )
+    if description.lora is None:
+        return weights
+    return _on_base(path, weights, description)
+
+
+def _on_base(
+    path: pathlib.Path, weights: Weights, description: folders.ModelDescription
+) -> Weights:
+    """Returns the base with a folder's adapters merged, tensor by tensor.
+
+    Raises:
+      UserError: the base has gone or has changed.
+    """
+    adapters.check_base(path, description.base, description.base_digest)
+    base = open_folder(pathlib.Path(description.base), {})
+    mine = Adapters(description.lora, description.base, weights.tensors)
+    leaves = nested({name: tensor.read() for name, tensor in mine.tensors.items()})
+    merged = peft.merged(base, description.lora, leaves)
+    return dataclasses.replace(weights, tensors=merged.tensors, adapters=mine)
+
+
+def tensors_in(path: pathlib.Path) -> dict[str, Tensor]:
+    """Returns the policy's tensors in a folder, by path; digests are compared here.
+
+    Raises:
+      UserError: there is nothing, or nothing that is whole.
+    """
+    sources = stored_states.param_sources(path.absolute())
+    wrong = []
+    for source in sources:
+        try:
+            if source.is_dir():
+                return _of_step(source)
+            return _of_file(source)
+        except (CheckpointError, UserError, OSError) as error:
+            wrong.append(f"{source.name}: {error}")
+    raise UserError(
+        f"no checkpoint in {str(path)!r} is readable: {'; '.join(wrong) or 'none'}"
+    )
+
+
+def _of_step(folder: pathlib.Path) -> dict[str, Tensor]:
+    manifests.check_files(folder, manifests.read(folder))
+    stored = stored_states.stored_arrays(folder)["param_sets"][POLICY]
+    read = functools.partial(stored_states.read_stored_array, folder)
+    return {
+        name: Tensor(tuple(leaf.shape), leaf.dtype, functools.partial(read, name, leaf))
+        for name, leaf in parameter_files.names_of(stored).items()
+    }
+
+
+def _of_file(file: pathlib.Path) -> dict[str, Tensor]:
+    tensors = safetensors_files.tensors_of(file)
+    said = parameter_files.read_params_metadata(file).get("sha256")
+    if said is not None and said != safetensors_files.digest_of(tensors):
+        raise CheckpointError("its digest differs")
+    return tensors
+
+
+def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> None:
+    """Writes a model folder.
+
+    Args:
+      folder: empty.
+      weights: of any language model.
+      options: "feature_lengths", {"inputs": tokens, "targets": tokens}; "is_merged",
+        whether adapters are written as a part of their base and not by themselves.
+
+    Raises:
+      UserError: lengths below 1, or weights without a vocabulary.
+    """
+    lengths = options["feature_lengths"]
+    for name in ("inputs", "targets"):
+        check_integer(f"{name}_length", lengths[name], 1)
+    description = folders.ModelDescription(
+        "language_model",
+        dataclasses.replace(weights.settings, dtype="float32"),
+        dict(lengths),
+        vocabulary_of(weights),
+    )
+    tensors = weights.tensors
+    if weights.adapters is not None and not options.get("is_merged", True):
+        stand = adapters.stand_on(weights.adapters.base, weights.adapters.lora)
+        description = stand.describes(description)
+        tensors = weights.adapters.tensors
+    (folder / folders.DESCRIPTION_FILE).write_text(description.to_json())
+    for name, source in weights.files.items():
+        shutil.copyfile(source, folder / name)
+    header: dict[str, Any] = {"sha256": safetensors_files.DIGEST}
+    safetensors_files.write(
+        folder / parameter_files.PARAMS_FILE,
+        tensors,
+        {parameter_files.HEADER: json.dumps(header)},
+    )
+
+
+def vocabulary_of(weights: Weights) -> str:
+    """Returns the vocabulary's name in a model folder: a file's, or "byte".
+
+    Raises:
+      UserError: there is none.
+    """
+    if weights.vocabulary:
+        return weights.vocabulary
+    for name in (folders.VOCABULARY_FILE, TOKENIZER):
+        if name in weights.files:
+            return name
+    raise UserError(
+        "the source holds no vocabulary: --vocabulary must name a SentencePiece model, "
+        "a tokenizer.json, or byte"
+    )
+
+
+FORMAT = Format(
+    looks_for="a model folder with model.json",
+    recognises=recognises,
+    open=open_folder,
+    write=write_folder,
+)
