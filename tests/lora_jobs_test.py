@@ -11,7 +11,7 @@ import pytest
 
 from nlhf_jax import algorithms, checkpoints, manifests, partitioning
 from nlhf_jax.checks import UserError
-from nlhf_jax.jobs import adapters, folders, programs
+from nlhf_jax.jobs import adapters, folders, programs, trained
 from nlhf_jax.jobs import compile as compile_job
 from nlhf_jax.jobs.judges import load_judge
 from nlhf_jax.jobs.policies import load_policy
@@ -309,6 +309,19 @@ def test_the_reference_of_adapters_is_its_adapters_on_its_base(work, policy):
     assert adapters.starts_at(stand, str(policy)) == stand
     with pytest.raises(UserError, match="initial_checkpoint_path must hold LoraS"):
         adapters.starts_at(stand, str(work.base))
+
+
+def test_all_weights_trained_from_adapters_are_a_whole_model(work, policy):
+    """The reference's folder has adapters; the run's folder says of none."""
+    network = language_model(LLAMA)
+    whole = trained.whole(network, str(policy), 0, lambda params: params)
+    described = folders.description_of(policy)
+    whole.describe(work.folder / "full", described, "byte")
+    found = folders.description_of(work.folder / "full")
+    assert (found.lora, found.base, found.base_digest) == (None, "", "")
+    assert jax.tree.structure(whole.start.params) == jax.tree.structure(
+        load_policy(str(policy)).params
+    )
 
 
 # --- mistakes

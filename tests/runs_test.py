@@ -18,6 +18,7 @@ from nlhf_jax.settings import LoopSettings, MeshSettings, OptimizerSettings
 from nlhf_jax.types import POLICY
 from tests import process_toys
 from tests import supervised_toys as toys
+from tests.t5_toys import T5_1_1
 
 ONE = MeshSettings(1, 1, 1)
 OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=0.05), 10)
@@ -123,7 +124,9 @@ def test_a_named_checkpoint_is_where_it_starts(tmp_path):
     model = toys.toy_language_model()
     params = jax.tree.map(lambda leaf: leaf + 1, model.init(jax.random.key(0)))
     checkpoints.save_params(tmp_path / "source", params, "float32")
-    (tmp_path / "source" / folders.DESCRIPTION_FILE).write_text("{}")
+    lengths = {"inputs": 1, "targets": 1}
+    described = folders.ModelDescription("language_model", T5_1_1, lengths)
+    folders.describe(tmp_path / "source", described, "byte")
     start = runs.initial_state(model.init, str(tmp_path / "source"), 3, make)
     mesh = runs.partitioning.make_mesh(ONE)
     whole = runs.partitioning.replicated(mesh)

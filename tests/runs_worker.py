@@ -13,8 +13,10 @@ import numpy as np
 from nlhf_jax import checkpoints, partitioning, supervised_step
 from nlhf_jax.jobs import folders, runs
 from nlhf_jax.optimizers import make_optimizer
-from nlhf_jax.settings import MeshSettings, OptimizerSettings
+from nlhf_jax.settings import MeshSettings, OptimizerSettings, T5Settings
 from nlhf_jax.types import POLICY
+
+ANY_SHAPE = T5Settings(8, 4, 1, 4, 4, 1, 1)  # of a description that must be there
 
 WORDS, WIDTH = 4096, 64
 AXES = {"table": ("embed", "kv"), "scale": ("kv",)}
@@ -119,7 +121,9 @@ def main(folder):
     del again
     checkpoints.save_params(folder / "file", expected.param_sets[POLICY], "float32")
     for name in ("run", "file"):
-        (folder / name / folders.DESCRIPTION_FILE).write_text("{}")
+        lengths = {"inputs": 1, "targets": 1}
+        said = folders.ModelDescription("language_model", ANY_SHAPE, lengths).to_json()
+        (folder / name / folders.DESCRIPTION_FILE).write_text(said)
     for kind, name in (("steps", "run"), ("file", "file")):
         state, wanted = first(folder / name)
         found[kind] = described(state, expected, wanted, watch.largest)

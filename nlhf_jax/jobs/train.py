@@ -87,8 +87,7 @@ def train(
     check_sets(algorithm, write_sets)
     check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
     stand = stand_of(reference_checkpoint, lora)
-    reference = _reference(reference_checkpoint, stand, memory, mesh)
-    shared = None if stand is None else (stand.digest, reference.params)
+    reference, shared = _load_reference(reference_checkpoint, stand, memory, mesh)
     judge = _load_judge(algorithm, reference_checkpoint, *named, memory, mesh, shared)
     prompts, held_out = _prompts(data, reference)
     max_decode_length = max_decode_length or reference.response_length
@@ -149,14 +148,15 @@ def _prompts(data: DataSettings, reference: Policy):
     )
 
 
-def _reference(
+def _load_reference(
     checkpoint: str, stand: Stand | None, memory: MemorySettings, mesh: MeshSettings
-) -> Policy:
-    """Returns the reference; for adapters their base, in the dtype it is kept in."""
+) -> tuple[Policy, tuple[str, Params] | None]:
+    """Returns the reference, or the base it stands on, and what a judge may share."""
     if stand is None:
-        return load_policy(checkpoint, memory, mesh)
-    base = load_policy(checkpoint, memory, mesh, stand.base)
-    return dataclasses.replace(base, params=as_frozen(base.params, memory))
+        return load_policy(checkpoint, memory, mesh), None
+    found = load_policy(checkpoint, memory, mesh, stand.base)
+    kept = as_frozen(found.params, memory)
+    return dataclasses.replace(found, params=kept), (stand.digest, kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Trained:
         chat_template: str = "",
     ) -> None:
         """Writes a folder's description, given that of the whole model."""
+        # That of a reference may have adapters, which what is trained here does not.
+        description = dataclasses.replace(
+            description, lora=None, base="", base_digest=""
+        )
         if self.stand is not None:
             description = self.stand.describes(description)
         folders.describe(model_dir, description, vocabulary_path, chat_template)
