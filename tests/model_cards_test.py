@@ -69,6 +69,7 @@ def test_a_card_names_no_folder_of_the_machine_and_no_password(run):
         ("a = '/x/y/z'", "a = 'z'"),
         ("a = '~/y/z/'", "a = 'z'"),
         ("a = 'https://u:p@host/v1'", "a = 'v1'"),
+        ("a = 'db://u:p@host'", "a = 'host'"),
         ("scope/name.value = 3 / 4", "scope/name.value = 3 / 4"),
         ("a.eta = 1e-3  # tau / 2", "a.eta = 1e-3  # tau / 2"),
         ("b.api_key = \\\n    'x'\nc = 1", "b.api_key = '(not shown)'\nc = 1"),
