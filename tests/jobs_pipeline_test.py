@@ -12,9 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from nlhf_jax import algorithms, checkpoints, metrics
 from nlhf_jax.checks import UserError
+from nlhf_jax.data import batches as data_batches
 from nlhf_jax.jobs import folders
-from nlhf_jax.jobs.collect import collect
+from nlhf_jax.jobs.collect import collect, propose
 from nlhf_jax.jobs.evaluate import evaluate
+from nlhf_jax.jobs.policies import load_policy
 from nlhf_jax.jobs.sample import sample
 from nlhf_jax.jobs.supervised import preference, reward, sft
 from nlhf_jax.jobs.train import train
@@ -228,6 +230,22 @@ def test_collect_writes_the_same_from_the_same_seed(work, data, policy, comparis
         assert (work / "again" / name).read_text() == (comparisons / name).read_text()
 
 
+def test_candidates_are_as_long_as_is_asked(data, policy):
+    trained = load_policy(str(policy))
+    found = propose(
+        trained,
+        data_batches.load_supervised(data, "evaluation", trained.vocabulary),
+        num_prompts=4,
+        temperatures=(0.5, 1.0),
+        leading_words=(),
+        batch_size=4,
+        seed=0,
+        max_decode_length=2,
+    )
+    drawn = [text for texts in found.texts for text in texts[:2]]
+    assert max(len(text.encode()) for text in drawn) == 2
+
+
 def test_the_judges_describe_what_they_are(preference_model, reward_model):
     assert folders.kind_of(preference_model) == "preference"
     assert folders.kind_of(reward_model) == "reward"
@@ -322,8 +340,14 @@ def test_the_report_names_every_policy(
         nash=("nash_md_pg",),
         num_prompts=4,
         num_examples=2,
+        max_decode_length=3,
         batch_size=4,
     )
+    lines = (work / "evaluation/samples/tournament.jsonl").read_text().splitlines()
+    answers = [
+        text for line in lines for text in json.loads(line)["responses"].values()
+    ]
+    assert max(len(text.encode()) for text in answers) == 3
     page = (work / "evaluation" / "report.html").read_text()
     assert all(name in page for name in policies)
     table = json.loads((work / "evaluation/tournament/tournament.json").read_text())

@@ -53,6 +53,7 @@ def collect(
     pairs_per_prompt: int = 4,
     votes_per_pair: int = 1,
     leading_words: Sequence[int] = (2, 8),
+    max_decode_length: int = 0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> None:
@@ -74,6 +75,8 @@ def collect(
       votes_per_pair: raters asked about a pair; preference = their share for the first.
       leading_words: for each number a candidate of as many words. One that is too
         short shows the judges that shorter is not always better.
+      max_decode_length: tokens of an answer at most; 0 takes the length of the policy's
+        training.
       batch_size: prompts decoded at once.
       seed: of sampling, pairing and voting.
 
@@ -89,6 +92,7 @@ def collect(
         *(("leading_words", count) for count in leading_words),
     ):
         check_integer(name, value, 1)
+    check_integer("max_decode_length", max_decode_length, 0)
     policy = load_policy(policy_checkpoint)
     folder = runs.open_folder(model_dir)
     if all((folder / name).exists() for name in (*FILES.values(), "cyclicity.json")):
@@ -105,6 +109,7 @@ def collect(
             leading_words=leading_words,
             batch_size=batch_size,
             seed=seed,
+            max_decode_length=max_decode_length,
         )
         comparisons = vote(found, raters, rng, pairs_per_prompt, votes_per_pair)
         write_lines(folder / name, comparisons)
@@ -141,12 +146,13 @@ def propose(
     leading_words: Sequence[int],
     batch_size: int,
     seed: int,
+    max_decode_length: int = 0,
 ) -> Candidates:
     """Returns the candidates for the first `num_prompts` prompts of a seeded order."""
     num_prompts = min(num_prompts, data.num_examples)
     rows = np.random.default_rng(seed).permutation(data.num_examples)[:num_prompts]
     prompts = data.take(rows).prompts
-    length = policy.response_length
+    length = max_decode_length or policy.response_length
     columns = []
     with Progress(len(temperatures), "candidates") as bar:
         for index, temperature in enumerate(temperatures):

@@ -67,6 +67,7 @@ def evaluate(
     num_prompts: int = 256,
     num_examples: int = 12,
     temperature: float = 1.0,
+    max_decode_length: int = 0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> None:
@@ -92,6 +93,8 @@ def evaluate(
       num_prompts: prompts answered.
       num_examples: prompts shown with every answer in the report.
       temperature: of the policies; 0 is greedy.
+      max_decode_length: tokens of an answer at most; 0 takes the length of the
+        reference's training.
       batch_size: prompts decoded and judged at once.
       seed: of the prompts' choice, of sampling and of the bootstrap.
 
@@ -101,6 +104,7 @@ def evaluate(
     """
     for name, value in (("num_prompts", num_prompts), ("batch_size", batch_size)):
         check_integer(name, value, 1)
+    check_integer("max_decode_length", max_decode_length, 0)
     _check_policies(policies, (*((baseline,) if baseline else ()), *rlhf, *nash))
     given = _what_is_given(locals())
     if _is_played(pathlib.Path(model_dir), given):
@@ -119,6 +123,7 @@ def evaluate(
         reference,
         asked,
         temperature=temperature,
+        max_decode_length=max_decode_length or reference.response_length,
         batch_size=batch_size,
         seed=seed,
     )
@@ -217,15 +222,16 @@ def _answer_all(
     asked: Asked,
     *,
     temperature: float,
+    max_decode_length: int,
     batch_size: int,
     seed: int,
 ) -> dict[str, Answers]:
-    length = reference.response_length
+    sampling = SamplingSettings(max_decode_length, temperature)
     decode = generation.Generator(
         reference.network,
         reference.vocabulary,
-        speaker=generation.policy_speaker(SamplingSettings(length, temperature)),
-        max_decode_length=length,
+        speaker=generation.policy_speaker(sampling),
+        max_decode_length=max_decode_length,
         batch_size=batch_size,
     )
     log_ratio = generation.LogRatio(reference.network, batch_size)
