@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, UInt32
 
 from nlhf_jax import global_arrays
+from nlhf_jax.guards import all_finite
 
 
 def _words(array: Array) -> UInt32[Array, "..."]:
@@ -41,22 +42,13 @@ def checksum(array: Array) -> UInt32[Array, ""]:
     return jnp.sum(_sum_of_first_axes(weighted), dtype=jnp.uint32)
 
 
-def is_finite(array: Array) -> Bool[Array, ""]:
-    """Whether no number of the array is NaN or infinite."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return jnp.asarray(True)
-    # NaN and infinity come through a maximum, which is read in a quarter of the time
-    # that "all" takes.
-    return jnp.isfinite(jnp.max(jnp.abs(array), initial=0))
-
-
 def _sum_of_first_axes(array: Array) -> Array:
     return jnp.sum(array, axis=tuple(range(array.ndim - 1)), dtype=array.dtype)
 
 
 @jax.jit
 def _all_finite(leaves: list[Array]) -> list[Bool[Array, ""]]:
-    return [is_finite(leaf) for leaf in leaves]
+    return [all_finite(leaf) for leaf in leaves]
 
 
 @jax.jit

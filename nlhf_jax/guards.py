@@ -2,9 +2,9 @@
 """The compiled part of what notices numbers that are not finite, and of skipping them.
 
 A step measures every tensor that it makes by one number, the largest absolute value in
-it; NaN and infinity come through a maximum, so that number is finite exactly where the
-tensor is. All of them go to the host as one vector with the metrics, so a step costs
-one more pass over gradients and state and sends nothing else. N counts these tensors.
+it, or NaN where one of its numbers is none. All of them go to the host as one vector
+with the metrics, so a step costs two more passes over gradients and state and sends
+nothing else. N counts these tensors.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,41 @@ LARGEST = "guard/largest"
 SKIPPED = "optimizer/skipped_steps"
 
 
+# Times any float32 and added up over any tensor, it stays below the largest float32.
+SMALL = 2.0**-40
+
+
+def all_finite(array: Array) -> Bool[Array, ""]:
+    """Returns whether no number of an array is NaN or infinite.
+
+    A maximum cannot tell: XLA's of many numbers on a CPU drops NaN. A product with
+    small constants keeps NaN and infinity, and takes a quarter of the time that asking
+    each number does.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return jnp.asarray(True)
+    if array.dtype == jnp.float16:  # SMALL is 0 in it
+        array = array.astype(jnp.float32)
+    if array.ndim == 0:
+        return jnp.isfinite(array)
+    small_D = jnp.full(array.shape[-1], SMALL, array.dtype)
+    # Exact on a TPU too, where a float32 may otherwise round to infinity.
+    product = jnp.matmul(array, small_D, precision=jax.lax.Precision.HIGHEST)
+    return jnp.isfinite(product).all()
+
+
 def largest(tree: PyTree) -> Float[Array, "N"]:
-    """Returns max |x| of every array of real numbers in a tree, in the tree's order."""
-    found = [jnp.abs(leaf).max(initial=0) for leaf in jax.tree.leaves(_real(tree))]
-    found = [one.astype(jnp.float32) for one in found]
+    """Returns max |x| of every array of real numbers in a tree, in the tree's order.
+
+    NaN where one of an array's numbers is NaN; NaN or infinity where one is infinite.
+    """
+    found = [_largest(leaf) for leaf in jax.tree.leaves(_real(tree))]
     return jnp.stack(found) if found else jnp.zeros(0, jnp.float32)
+
+
+def _largest(leaf: Array) -> Float[Array, ""]:
+    most = jnp.abs(leaf).max(initial=0).astype(jnp.float32)
+    return jnp.where(all_finite(leaf) | jnp.isinf(most), most, jnp.nan)
 
 
 def _real(tree: PyTree) -> PyTree:

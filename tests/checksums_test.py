@@ -63,3 +63,27 @@ def test_checksums_are_those_of_the_arrays_before_they_were_donated():
     read = checksums.begin_checksums({"w": array})
     jax.jit(lambda x: x + 1, donate_argnums=0)(array)
     assert [int(found) for found in read()] == [expected]
+
+
+# XLA's maximum of 4,096 numbers and more drops NaN on a CPU.
+LARGE = ((4095,), (4096,), (64, 64), (3, 5000), (300, 7), (2, 64, 64))
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_of_many_is_seen(shape, dtype, bad):
+    random = np.random.default_rng(0)
+    for place in (0, -1, int(random.integers(np.prod(shape)))):
+        array = np.ones(shape, np.float32)
+        array.reshape(-1)[place] = bad
+        assert checksums.finite([jnp.asarray(array, dtype)]) == [False]
+    assert checksums.finite([jnp.full(shape, bad, dtype)]) == [False]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_numbers_are_finite(shape, dtype):
+    most = jnp.finfo(dtype).max
+    assert checksums.finite([jnp.full(shape, most, dtype)]) == [True]
+    assert checksums.finite([jnp.full(shape, -most, dtype)]) == [True]

@@ -38,6 +38,7 @@ REQUIRED = {
     "SFT_CHECKPOINT": "a/model",
     "JUDGE_CHECKPOINT": "a/judge",
     "POLICY_CHECKPOINT": "a/policy",
+    "START": "a/model",
     "PREFERENCE_CHECKPOINT": "a/judge",
     "POLICIES": "{'SFT': 'a/model', 'Nash': 'a/policy'}",
 }

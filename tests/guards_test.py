@@ -231,3 +231,17 @@ def test_one_more_than_the_limit_ends_the_run():
 def test_the_limit_is_a_count():
     with pytest.raises(UserError, match="max_skipped_steps must be an integer of at"):
         LoopSettings(1, 1, max_skipped_steps=-1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4096,), (64, 64), (300, 50)])
+def test_a_tensor_of_any_size_is_measured(shape):
+    ones = np.ones(shape, np.float32)
+    one_nan, one_infinite = ones.copy(), ones.copy()
+    one_nan.reshape(-1)[1] = np.nan
+    one_infinite.reshape(-1)[1] = -np.inf
+    all_nan = np.full(shape, np.nan, np.float32)
+    tree = [-2 * ones, one_nan, one_infinite, all_nan, np.arange(3)]
+    found = jax.jit(guards.largest)([jnp.asarray(leaf) for leaf in tree])
+    assert found[0] == 2.0
+    assert not np.isfinite(found[1:]).any()
+    assert len(found) == 4

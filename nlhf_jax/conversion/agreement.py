@@ -104,6 +104,8 @@ def load_theirs(path: pathlib.Path, dtype: str = "") -> Any:
     folder, more = path, {}
     if path.is_file():
         folder, more = path.parent, {"gguf_file": path.name}
+    # Other files of weights are pickled.
+    only = {} if more else {"use_safetensors": True}
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, **more
@@ -117,6 +119,7 @@ def load_theirs(path: pathlib.Path, dtype: str = "") -> Any:
             attn_implementation="eager",
             output_loading_info=True,
             **more,
+            **only,
         )
     except Exception as error:  # of many kinds, and all mean the same
         text = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import resource
 import pytest
 
 from nlhf_jax import cli
-from nlhf_jax.data import batches, jsonl, token_checks, vocabularies
+from nlhf_jax.data import batches, jsonl, prompts, token_checks, vocabularies
 from nlhf_jax.settings import DataSettings
 from tests.jobs_test import RUN, TINY
 
@@ -197,10 +197,11 @@ class Words:
 )
 def test_texts_that_became_no_tokens_are_refused(ids, expected):
     rows = [{"inputs": [5, 1]}, {"inputs": ids}]
+    form = prompts.prompt_format(Words())
     with pytest.raises(token_checks.UserError) as error:
-        token_checks.check_ids(rows, ("inputs",), Words(), "mine, train")
+        token_checks.check_ids(rows, ("inputs",), Words(), "mine, train", form)
     assert str(error.value).startswith(f"mine, train: 'inputs' of example 2 {expected}")
-    token_checks.check_ids(rows[:1], ("inputs",), Words(), "mine, train")
+    token_checks.check_ids(rows[:1], ("inputs",), Words(), "mine, train", form)
 
 
 @pytest.mark.parametrize("name", ["byte", f"{ROOT / SHIPPED}/vocabulary.model"])
