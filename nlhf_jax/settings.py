@@ -116,7 +116,8 @@ class LoraSettings:
     def __post_init__(self):
         check_integer("rank", self.rank, 1)
         check_range("alpha", self.alpha, 0.0, low_open=True, high_open=True)
-        object.__setattr__(self, "targets", tuple(self.targets))
+        # In one order, so that equal adapters have equal settings.
+        object.__setattr__(self, "targets", tuple(sorted(self.targets)))
         if not self.targets:
             raise UserError("targets must name at least one module, got ()")
         for name in self.targets:

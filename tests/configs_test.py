@@ -39,6 +39,7 @@ REQUIRED = {
     "JUDGE_CHECKPOINT": "a/judge",
     "POLICY_CHECKPOINT": "a/policy",
     "START": "a/model",
+    "INITIAL_CHECKPOINT_PATH": "a/model",
     "PREFERENCE_CHECKPOINT": "a/judge",
     "POLICIES": "{'SFT': 'a/model', 'Nash': 'a/policy'}",
 }

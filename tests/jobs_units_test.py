@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of the jobs by themselves: folders, fixed-shape decoding, votes."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -11,10 +12,19 @@ import pytest
 
 from nlhf_jax.checks import UserError
 from nlhf_jax.data import tasks, vocabularies
-from nlhf_jax.jobs import collect, evaluate, folders, generation, runs, supervised
+from nlhf_jax.jobs import (
+    collect,
+    evaluate,
+    first_states,
+    folders,
+    generation,
+    runs,
+    supervised,
+)
 from nlhf_jax.preferences.raters import RaterPopulation
 from nlhf_jax.settings import DataSettings, SamplingSettings, T5Settings
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Responses
+from tests.lora_peft_test import LLAMA
 from tests.supervised_toys import supervised_batch, toy_language_model
 
 pytestmark = pytest.mark.timeout(60)
@@ -39,6 +49,25 @@ def test_a_folder_is_found_from_its_checkpoints_and_steps(tmp_path):
     for path in (tmp_path, step.parent, step, str(step)):
         assert folders.find_model_dir(path) == tmp_path
         assert folders.kind_of(path) == "reward"
+
+
+def test_sft_takes_the_shape_of_what_it_starts_from(tmp_path):
+    folders.describe(tmp_path, DESCRIPTION, "byte")
+    shape_of = first_states.settings_of
+    assert shape_of(None, str(tmp_path)) == SHAPE
+    assert shape_of(SHAPE, "") == SHAPE
+    dropping = dataclasses.replace(SHAPE, dropout_rate=0.1, dtype="bfloat16")
+    assert shape_of(dropping, str(tmp_path)) == dropping
+    # A switch of the same sizes is another network, which the arrays don't tell.
+    other = dataclasses.replace(SHAPE, logits_via_embedding=True)
+    with pytest.raises(
+        UserError, match=r"logits_via_embedding of sft\.model must be .* got"
+    ):
+        shape_of(other, str(tmp_path))
+    with pytest.raises(UserError, match=r"must be T5Settings .* got DecoderOnlySett"):
+        shape_of(LLAMA, str(tmp_path))
+    with pytest.raises(UserError, match=r"got None and ''"):
+        shape_of(None, "")
 
 
 def test_a_byte_vocabulary_has_no_file(tmp_path):

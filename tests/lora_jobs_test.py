@@ -339,6 +339,10 @@ def test_a_base_that_has_gone_or_changed_is_named(work, policy, tmp_path):
     file.write_text(json.dumps(fields | {"base": str(other)}))
     with pytest.raises(UserError, match=r"stand on .*which has changed since"):
         load_policy(str(copy))
+    # Nor does training go on from it.
+    lora = folders.description_of(policy).lora
+    with pytest.raises(UserError, match=r"stand on .*which has changed since"):
+        adapters.stand_on(str(copy), lora)
 
 
 def test_a_run_does_not_go_on_with_other_adapters(work, policy):

@@ -307,6 +307,8 @@ def test_settings_check_themselves(wrong, sentence):
 
 def test_the_scale():
     assert LoraSettings(rank=4, alpha=8.0).scale == 2.0
+    named = ("value", "query")
+    assert LoraSettings(targets=named) == LoraSettings(targets=named[::-1])
     assert LoraSettings(rank=4, alpha=8.0, rank_stabilized=True).scale == 4.0
 
 

@@ -67,10 +67,12 @@ def stand_on(checkpoint: str, lora: LoraSettings) -> Stand:
     all else is a base as a whole.
 
     Raises:
-      UserError: the folder is missing or holds no parameters.
+      UserError: the folder is missing or holds no parameters, or the base of adapters
+        has gone or has changed.
     """
     found = folders.description_of(checkpoint)
     if found.lora == lora:
+        check_base(checkpoint, found.base, found.base_digest)
         return Stand(lora, found.base, found.base_digest, str(checkpoint))
     base = _source(checkpoint)
     return Stand(lora, str(base), digest_of(base), "")

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from nlhf_jax import checkpoints, partitioning
 from nlhf_jax.checks import UserError
+from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.jobs import adapters, folders
 from nlhf_jax.models.adapters import with_base
 from nlhf_jax.types import Params, TrainState
@@ -114,3 +115,39 @@ def state_of_adapters(
             return checkpoints.load_params(source, shapes, shardings)
 
     return InitialState(shapes, load, on_base.init, make, seed)
+
+
+# What a start from other weights may change of the network.
+MAY_DIFFER = ("dropout_rate", "dtype")
+
+
+def settings_of(model: ModelSettings | None, checkpoint: str) -> ModelSettings:
+    """Returns the shape that is trained: the checkpoint's, where there is one.
+
+    Raises:
+      UserError: there is neither, or they are two networks.
+    """
+    if not checkpoint:
+        if model is None:
+            raise UserError(
+                "sft.model must be a network's settings, or initial_checkpoint_path a "
+                "model folder, got None and ''"
+            )
+        return model
+    found = folders.description_of(checkpoint).settings
+    if model is None:
+        return found
+    if type(model) is not type(found):
+        raise UserError(
+            f"sft.model must be {type(found).__name__} as in {checkpoint!r}, got "
+            f"{type(model).__name__}: leave it None (MODEL = None) to take the folder's"
+        )
+    for field in dataclasses.fields(found):
+        name = field.name
+        ours, theirs = getattr(model, name), getattr(found, name)
+        if name not in MAY_DIFFER and ours != theirs:
+            raise UserError(
+                f"{name} of sft.model must be {theirs!r} as in {checkpoint!r}, got "
+                f"{ours!r}: leave it None (MODEL = None) to take the folder's"
+            )
+    return model

@@ -15,7 +15,15 @@ from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data import tasks, vocabularies
 from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.evaluation import summaries
-from nlhf_jax.jobs import collect, folders, generation, runs, steps, trained
+from nlhf_jax.jobs import (
+    collect,
+    first_states,
+    folders,
+    generation,
+    runs,
+    steps,
+    trained,
+)
 from nlhf_jax.jobs.adapters import check_goes_on, stand_on
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
 from nlhf_jax.jobs.policies import as_frozen, load_params
@@ -35,7 +43,7 @@ from nlhf_jax.types import POLICY, TrainState
 def sft(
     *,
     model_dir: str,
-    model: ModelSettings,
+    model: ModelSettings | None = None,
     data: DataSettings,
     optimizer: OptimizerSettings,
     loop: LoopSettings,
@@ -50,7 +58,7 @@ def sft(
 
     Args:
       model_dir: folder for checkpoints, metrics and the model's description.
-      model: shape of the network.
+      model: shape of the network; None takes that of `initial_checkpoint_path`.
       data: the task, its feature lengths and its vocabulary.
       optimizer: optimiser settings.
       loop: steps, batch size and periods.
@@ -65,6 +73,7 @@ def sft(
     Raises:
       UserError: the data, the vocabulary, the checkpoint or the folder is unusable.
     """
+    model = first_states.settings_of(model, initial_checkpoint_path)
     vocabulary_path = _vocabulary_path(data, initial_checkpoint_path, tasks.SUPERVISED)
     vocabulary = vocabularies.load_vocabulary(vocabulary_path)
     vocabularies.check_vocabulary(vocabulary, model.vocab_size)
