@@ -36,15 +36,19 @@ SETTINGS = dataclasses.replace(shape(1), vocab_size=384, pad_id=2, eos_id=2)
 DESCRIBED = folders.ModelDescription("language_model", SETTINGS, LENGTHS)
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    """A chat model's folder with random parameters."""
-    folder = tmp_path_factory.mktemp("chat")
+def write_chat_model(folder):
+    """Writes a chat model's folder with random parameters and returns it."""
     path = write_tokenizer(folder / "tokenizer", "chatml")
     folders.describe(folder / "model", DESCRIBED, str(path))
     init = decoder_only_language_model(SETTINGS).init
     save_params(folder / "model", init(jax.random.key(0)), "float32")
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A chat model's folder with random parameters."""
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
 
 
 # -------------------------------------------------------------- from folder to folder
@@ -98,38 +102,6 @@ def test_a_model_that_ends_otherwise_than_its_tokenizer_is_refused(chat, tmp_pat
     folders.describe(tmp_path, ends, folders.vocabulary_file(chat))
     with pytest.raises(UserError, match="eos_id of DecoderOnlySettings must be 2"):
         load_policy(str(tmp_path))
-
-
-# ------------------------------------------------------------------------- sampling
-
-
-def test_sample_asks_in_the_model_s_own_template(chat, monkeypatch, capsys):
-    asked = []
-    whole = batches.prompt_batch
-
-    def spy(texts, vocabulary, length, form):
-        found = whole(texts, vocabulary, length, form)
-        asked.append(found[0].tokens_BS[0][found[0].mask_BS[0]].tolist())
-        return found
-
-    monkeypatch.setattr(batches, "prompt_batch", spy)
-    common = {"checkpoint": str(chat), "prompt": "Which?", "max_decode_length": 2}
-    sample(**common)
-    sample(**common, system_prompt="Be brief")
-    sample(**common, chat_template="")
-    vocabulary = load_vocabulary(str(chat / "tokenizer.json"))
-    own, system = (
-        prompts.prompt_format(vocabulary, "model", said) for said in ("", "Be brief")
-    )
-    assert asked == [
-        own.encode("Which?"),
-        system.encode("Which?"),
-        vocabulary.encode("Which?"),
-    ]
-    with pytest.raises(UserError, match="can't be read: No such file"):
-        sample(**common, chat_template="nowhere.jinja")
-    with pytest.raises(UserError, match="system_prompt needs a chat_template"):
-        sample(**common, chat_template="", system_prompt="Be brief")
 
 
 # --------------------------------------------------------------- where the loss lies

@@ -132,6 +132,18 @@ def _header(change):
     return damage
 
 
+def _offsets(*spans):
+    """Gives tensors of a, b and further names these places in the file."""
+
+    def change(header):
+        for name, span in zip("abcdef", spans, strict=False):
+            length = max(0, int(span[1]) - int(span[0]))
+            entry = {"dtype": "U8", "shape": [length], "data_offsets": span}
+            header[name] = entry
+
+    return _header(change)
+
+
 DAMAGES = {
     "cut": (_cut, "must have .* bytes"),
     "longer": (_longer, "must have .* bytes"),
@@ -141,13 +153,24 @@ DAMAGES = {
     "list": (lambda raw: struct.pack("<Q", 2) + b"[]", "no safetensors file"),
     "dtype": (_header(lambda h: h["b"].update(dtype="F8")), "tensor b of .* described"),
     "shape": (_header(lambda h: h["b"].update(shape=[9])), "tensor b of .* described"),
-    "overlap": (
-        _header(lambda h: h["b"].update(data_offsets=h["a"]["data_offsets"])),
-        "header|bytes",
+    "float_shape": (
+        _header(lambda h: h["b"].update(shape=[3.0])),
+        "tensor b of .* described",
     ),
-    "gap": (
-        _header(lambda h: h["b"].update(data_offsets=[999, 1011])),
-        "header|bytes",
+    "negative_shape": (
+        _header(lambda h: h["b"].update(shape=[-1, -3])),
+        "tensor b of .* described",
+    ),
+    "float_offsets": (_offsets([0.0, 12.0], [12.0, 24.0]), "its header"),
+    "same_place": (_offsets([0, 12], [0, 12]), "its header"),
+    # As many bytes as there are, and the last is the last.
+    "overlap": (_offsets([0, 10], [5, 10], [15, 24]), "its header"),
+    "gap": (_offsets([0, 12], [24, 24], [12, 12], [0, 12]), "its header"),
+    "late": (_offsets([0, 12], [999, 1011]), "its header"),
+    "backwards": (_offsets([0, 24], [24, 12], [12, 24]), "its header"),
+    "deep": (
+        lambda raw: struct.pack("<Q", 200_000) + b"[" * 200_000,
+        "its header",
     ),
 }
 

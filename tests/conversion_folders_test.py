@@ -114,7 +114,7 @@ def test_what_goes_along_goes_along(llama, whole, tmp_path):
     for name, text in files.items():
         (whole / name).write_text(text)
     change_json(whole / "config.json", max_position_embeddings=77, extra_key="kept")
-    assert imported(whole, tmp_path / "ours", BYTE) == 0
+    assert imported(whole, tmp_path / "ours") == 0
     assert exported(tmp_path / "ours", tmp_path / "back") == 0
     for name, text in files.items():
         assert (tmp_path / "back" / name).read_text() == text
@@ -443,6 +443,45 @@ def test_rounding_must_be_allowed(llama, tmp_path, capsys):
     assert "would round" in refused(capsys, tmp_path / "theirs", code)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer of at l"),
+        (
+            {"model_type": "gemma2", "sliding_window_pattern": 0},
+            "sliding_window_pattern must be an integer of at least 1, got 0",
+        ),
+        ({"rope_scaling": "x"}, "rope_scaling must be an object, got 'x'"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
+        (
+            {"rope_parameters": {"full_attention": [1]}},
+            "rope_parameters must hold objects, got [1]",
+        ),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be in [0, inf), got inf"),
+        ({"eos_token_id": {}}, "special tokens must be named by their ids, got {}"),
+        ({"pad_token_id": float("inf")}, "must be named by their ids, got inf"),
+        ({"rope_theta": 10**400}, "too large"),
+    ],
+)
+def test_a_value_that_no_network_has_is_one_sentence(
+    whole, tmp_path, capsys, change, said
+):
+    change_json(whole / "config.json", **change)
+    code = imported(whole, tmp_path / "ours", BYTE)
+    assert said in refused(capsys, tmp_path / "ours", code)
+
+
+def test_what_goes_with_a_vocabulary_goes_with_it(whole, tmp_path):
+    """Its special tokens, ends and template say nothing of another one's."""
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        (whole / name).write_text('{"eos_token_id": 7}')
+    (whole / "added_tokens.json").write_text("{}")
+    (whole / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert imported(whole, tmp_path / "ours", BYTE) == 0
+    kept = {"model.json", "params.safetensors", "hugging_face_config.json"}
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == kept
+
+
 def test_a_target_that_is_there_is_not_touched(llama, tmp_path, capsys):
     target = tmp_path / "ours"
     target.mkdir()
@@ -520,6 +559,28 @@ def test_wrong_words_are_one_sentence(words, said, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     sentence = refused(capsys, tmp_path / "y", cli.main(words))
     assert said in sentence
+
+
+@pytest.mark.parametrize("size", ["inf", "1e300", "nan", "0"])
+def test_a_size_of_files_that_cannot_be_is_one_sentence(llama, tmp_path, capsys, size):
+    target = tmp_path / "theirs"
+    code = exported(llama / "ours", target, f"--shard_gigabytes={size}")
+    assert "shard_gigabytes must be in (0.0, 1000000" in refused(capsys, target, code)
+
+
+@pytest.mark.parametrize("flag", ["from", "to", "vocabulary", "checkpoint", "base"])
+def test_the_home_of_nobody_is_one_sentence(llama, tmp_path, capsys, flag):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    source = tmp_path / "adapter" if flag == "base" else llama / "whole"
+    words = {"from": source, "to": tmp_path / "new"}
+    if flag == "checkpoint":
+        words = {"to": tmp_path / "new", "format": "nlhf"}
+    words |= {flag: "~nobody_of_that_name/x"}
+    command = "export" if flag == "checkpoint" else "import"
+    code = cli.main([command, *(f"--{k}={v}" for k, v in words.items())])
+    sentence = refused(capsys, tmp_path / "new", code)
+    assert "there is no home folder for '~nobody_of_that_name/x'" in sentence
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -126,7 +126,7 @@ def test_blocks_are_trimmed():
         ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "loops more than"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "without an end"),
         ("{{ range(10000000) | list }}", "asks for 10000000|Range too big"),
-        ("{% for i in range(9000) %}" + "x" * 999 + "{% endfor %}", "writes more than"),
+        ("{% for i in range(9000) %}" + "x" * 999 + "{% endfor %}", "makes more than"),
         ("{{ 'a' * 1000000000 }}", r"operator \* is not allowed"),
         ("{{ 10 ** 10 ** 10 }}", r"operator \*\* is not allowed"),
         ("{{ '%9999999d' % 1 }}", "operator % is not allowed"),
@@ -138,7 +138,7 @@ def test_blocks_are_trimmed():
             (
                 "{% set n = namespace(x='abcdefgh') %}{% for i in range(60) %}"
                 "{% set n.x = " + twice + " %}{% endfor %}",
-                f"makes a text of more than {MOST_CHARACTERS}",
+                f"makes more than {MOST_CHARACTERS}",
             )
             for twice in ("n.x ~ n.x", "n.x + n.x", "[n.x, n.x] | join")
         ),
@@ -271,6 +271,30 @@ def test_a_folder_without_a_template(tmp_path):
         prompts.prompt_format(vocabulary, "model")
     with pytest.raises(UserError, match="can't be read: No such file"):
         prompts.prompt_format(vocabulary, str(tmp_path / "none.jinja"))
+
+
+@pytest.mark.parametrize(
+    "named, complaint",
+    [
+        ("~nobody_here/x", "~nobody_here/x can't be read: there is no such home"),
+        ("x\0y", "can't be read: embedded null byte"),
+    ],
+)
+def test_files_that_can_t_be(vocabularies, named, complaint):
+    with pytest.raises(UserError, match=complaint):
+        prompts.prompt_format(vocabularies["chatml"], named)
+
+
+@pytest.mark.parametrize("wrong", [["x"], [{"name": "default"}, None]])
+def test_lists_of_something_else_are_a_sentence(tmp_path, wrong):
+    path = write_tokenizer(tmp_path, "chatml")
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": wrong}))
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [1, 2]}))
+    with pytest.raises(UserError, match="must be text or a list of objects with"):
+        prompts.prompt_format(load_vocabulary(str(path)), "model")
 
 
 # ------------------------------------------------------------------------ as data

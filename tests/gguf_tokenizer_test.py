@@ -164,6 +164,19 @@ def test_an_end_of_turn_is_another_end(byte_level):
     assert made["eos_token_id"] == [0, 2]
 
 
+def test_an_id_that_is_minus_one_without_a_sign_is_none(byte_level):
+    metadata = _byte_metadata(byte_level[0], **{"tokenizer.ggml.pre": "llama-bpe"})
+    keys = ("bos_token_id", "padding_token_id", "eot_token_id", "eom_token_id")
+    none = {f"tokenizer.ggml.{key}": 2**32 - 1 for key in keys}
+    end = {"tokenizer.ggml.eos_token_id": 2}
+    made = tokenizer_texts(metadata | none | end)
+    assert json.loads(made["generation_config.json"]) == {"eos_token_id": 2}
+    assert json.loads(made["tokenizer.json"])["post_processor"] is None
+    scored = _scored() | {"tokenizer.ggml.unknown_token_id": 2**32 - 1}
+    model = json.loads(tokenizer_texts(scored)["tokenizer.json"])["model"]
+    assert model["unk_token"] is None
+
+
 # --------------------------------------------------------------------- merged by score
 
 

@@ -13,7 +13,7 @@ from nlhf_jax.conversion import peft as ours
 from nlhf_jax.conversion import safetensors_files
 from nlhf_jax.conversion.hugging_face import to_hugging_face
 from nlhf_jax.conversion.shapes import flat
-from nlhf_jax.conversion.tensors import Weights, of_array
+from nlhf_jax.conversion.tensors import Weights, cast, of_array
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.models import adapters as lora_of
 from nlhf_jax.models.families import language_model
@@ -129,11 +129,23 @@ def test_merged_weights_are_the_merged_model(name):
     assert sorted(reads) == sorted(tensors)
 
 
-def test_merging_keeps_the_dtype():
+def test_what_is_merged_is_float32_and_rounded_only_if_allowed():
+    """The base has bfloat16, in which a small adapter would add nothing."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base_of(LLAMA))
+    on = jax.tree.map(lambda leaf: leaf * 1e-2, adapters_of(LLAMA, LORA))
     tensors = {path: of_array(array) for path, array in flat(base).items()}
-    found = ours.merged(Weights(LLAMA, tensors), LORA, adapters_of(LLAMA, LORA))
-    assert {t.read().dtype for t in found.tensors.values()} == {jnp.dtype("bfloat16")}
+    found = ours.merged(Weights(LLAMA, tensors), LORA, on)
+    wanted = flat(
+        lora_of.merged(jax.tree.map(lambda x: x.astype(np.float32), base), on, LORA)
+    )
+    for path, tensor in found.tensors.items():
+        assert tensor.dtype == tensor.read().dtype == np.float32
+        np.testing.assert_allclose(tensor.read(), wanted[path], rtol=0, atol=1e-7)
+    place = "layers_0/attention/query/kernel"
+    with pytest.raises(UserError, match=f"{place} is float32 .* --allow_rounding"):
+        cast(found, "bfloat16").tensors[place].read()
+    rounded = cast(found, "bfloat16", allow_rounding=True).tensors[place].read()
+    assert rounded.dtype == jnp.dtype("bfloat16")
 
 
 def test_adapters_of_another_base_are_refused():
@@ -182,12 +194,39 @@ def test_a_tensor_that_is_wrong_is_named(folder, change, sentence):
         ({"use_dora": True}, "use_dora must be false, got true"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be null, got \[\"l"),
         ({"r": "3"}, "r and lora_alpha must be numbers, got '3'"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights must be true, got "pissa"'),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be true"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights must be true"),
+        ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens must be null, g"),
+        ({"use_qalora": True}, "use_qalora must be null, got true"),
+        ({"layers_to_transform": 0}, "layers_to_transform must be null, got 0"),
+        ({"layers_to_transform": [1]}, r"layers_to_transform must be null, got \[1\]"),
+        ({"kasa_config": {"a": 1}}, "kasa_config must be null"),
+        ({"use_bdlora": {"a": 1}}, "use_bdlora must be null"),
+        ({"arrow_config": {"a": 1}}, "arrow_config must be null"),
+        ({"of_a_later_version": "x"}, 'of_a_later_version must be null, got "x"'),
+        ({"use_rslora": "false"}, "use_rslora must be a bool, got 'false'"),
     ],
 )
 def test_a_config_that_means_more_is_refused(folder, change, sentence):
     file = folder / ours.CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
+        ours.read_adapter(folder, LLAMA)
+
+
+def test_a_config_that_says_no_more_is_read(folder):
+    file = folder / ours.CONFIG_FILE
+    more = {"init_lora_weights": "gaussian", "use_dora": None, "lora_dropout": 0.1}
+    more |= {"kasa_config": None, "use_qalora": False, "qalora_group_size": 16}
+    more |= {"of_a_later_version": {}, "loftq_config": {}, "layers_pattern": "layers"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    assert ours.read_adapter(folder, LLAMA)[0].rank == LORA.rank
+
+
+def test_a_config_that_nests_too_deeply_is_refused(folder):
+    (folder / ours.CONFIG_FILE).write_text("[" * 200_000)
+    with pytest.raises(UserError, match="does not describe an adapter"):
         ours.read_adapter(folder, LLAMA)
 
 

@@ -75,6 +75,11 @@ def test_a_card_names_no_folder_of_the_machine_and_no_password(run):
         ("b.api_key = \\\n    'x'\nc = 1", "b.api_key = '(not shown)'\nc = 1"),
         ("My.Password='x'", "My.Password= '(not shown)'"),
         ("max_tokens = 5", "max_tokens = 5"),
+        ("ACCESS_TOKEN = 'x'", "ACCESS_TOKEN = '(not shown)'"),
+        ("HF_TOKEN = 'hf_x'", "HF_TOKEN = '(not shown)'"),
+        ("a.private_key = 'x'", "a.private_key = '(not shown)'"),
+        ("b.aws_access_key_id='x'", "b.aws_access_key_id= '(not shown)'"),
+        ("hf_tokenizer = 'x'", "hf_tokenizer = 'x'"),
     ],
 )
 def test_places_are_shortened_and_secrets_left_out(text, shown):

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nlhf import` and `nlhf export` of adapters alone, and of models made of them."""
 
+import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from nlhf_jax import cli
-from nlhf_jax.conversion import peft, safetensors_files
+from nlhf_jax.conversion import agreement, peft, safetensors_files
 from nlhf_jax.conversion.shapes import flat
-from nlhf_jax.jobs import folders, our_weights
+from nlhf_jax.jobs import adapters, folders, our_weights
 from nlhf_jax.jobs.policies import load_policy
 from nlhf_jax.models.adapters import merged
 from nlhf_jax.parameter_files import save_params
@@ -37,8 +39,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(base):
     """A folder as `peft` writes it."""
-    adapters = adapters_of(MODEL, LORA)
-    return peft.write_adapter(base.parent / "theirs", LORA, adapters, MODEL)
+    made = adapters_of(MODEL, LORA)
+    return peft.write_adapter(base.parent / "theirs", LORA, made, MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,55 @@ def test_what_makes_no_adapter_is_one_sentence(
     assert cli.main([*words, f"--to={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_on_adapters_are_exported_merged_only(ours, tmp_path, capsys):
+    """`peft` would put them on another base than they were trained on."""
+    stand = adapters.stand_on(str(ours), LoraSettings(2, 4.0, ("query",)))
+    folder = tmp_path / "second"
+    whole = folders.ModelDescription("language_model", MODEL, LENGTHS)
+    folders.describe(folder, stand.describes(whole), folders.BYTE_VOCABULARY)
+    save_params(folder, adapters_of(MODEL, stand.lora), "float32")
+    words = ["export", f"--checkpoint={folder}", f"--to={tmp_path / 'out'}"]
+    capsys.readouterr()
+    assert cli.main([*words, "--format=peft"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is adapters itself: export them merged" in line
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*words, "--format=nlhf"]) == 0
+
+
+def test_a_check_of_an_import_asks_peft(base, theirs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    words = ["import", f"--from={theirs}", f"--base={base}", "--check"]
+    assert cli.main([*words, f"--to={tmp_path / 'good'}"]) == 0
+    assert "agrees with transformers" in capsys.readouterr().out
+    # A mistake of ours in reading them is found.
+    read = peft.read_adapter
+
+    def doubled(*arguments):
+        lora, leaves = read(*arguments)
+        return dataclasses.replace(lora, alpha=2 * lora.alpha), leaves
+
+    monkeypatch.setattr(peft, "read_adapter", doubled)
+    assert cli.main([*words, f"--to={tmp_path / 'bad'}"]) == 2
+    assert "transformers does not agree" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_check_without_peft_is_refused_first(
+    base, theirs, tmp_path, monkeypatch, capsys
+):
+    libraries = {name: type(sys)(name) for name in ("torch", "transformers")}
+    for name, there in (libraries | {"peft": None}).items():
+        monkeypatch.setitem(sys.modules, name, there)
+    monkeypatch.setattr(agreement, "_quiet", lambda: None)
+    words = ["import", f"--from={theirs}", f"--base={base}", "--check"]
+    assert cli.main([*words, f"--to={tmp_path / 'out'}"]) == 2
+    assert "--check needs peft, which is not installed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from tests.policy_devices_worker import MESHES, RUN
 HERE = pathlib.Path(__file__).parent
 
 
-pytestmark = pytest.mark.battery
+pytestmark = [pytest.mark.battery, pytest.mark.timeout(620)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def eight(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # a minute or two alone, more beside others
         check=False,
     )
     assert run.returncode == 0, run.stderr

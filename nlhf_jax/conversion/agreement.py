@@ -70,20 +70,32 @@ class Agreement(NamedTuple):
         )
 
 
-def require() -> None:
+def require(*, with_peft: bool = False) -> None:
     """Checks that what is compared with is installed.
+
+    Args:
+      with_peft: whether adapters are to be loaded, too.
 
     Raises:
       UserError: it is not; says how to install it.
     """
     try:
         import torch  # noqa: F401
-        import transformers
+        import transformers  # noqa: F401
+
+        if with_peft:
+            import peft  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"--check needs {error.name or 'transformers'}, which is not installed: "
             'pip install "nlhf_jax[hf]"'
         ) from None
+    _quiet()
+
+
+def _quiet() -> None:
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -133,6 +145,21 @@ def load_theirs(path: pathlib.Path, dtype: str = "") -> Any:
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, dtype)).float())
     return model.eval()
+
+
+def with_adapters(model: Any, folder: pathlib.Path) -> Any:
+    """Returns a model of `load_theirs` on which `peft` has put a folder's adapters.
+
+    Raises:
+      UserError: it cannot.
+    """
+    import peft
+
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except Exception as error:  # of many kinds, and all mean the same
+        text = " ".join(str(error).split())
+        raise UserError(f"peft cannot load {folder}: {text:.300}") from error
 
 
 def compare(

@@ -79,8 +79,8 @@ def tokenizer_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
         "add_bos_token": add_bos,
         "clean_up_tokenization_spaces": False,
     } | named
-    ends = [metadata.get(key) for key in (ROLES["eos_token"], *OTHER_ENDS)]
-    ends = list(dict.fromkeys(int(end) for end in ends if end is not None))
+    ends = [_id(metadata, key) for key in (ROLES["eos_token"], *OTHER_ENDS)]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
     generation: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     for role in ("bos_token", "pad_token"):
         if role in named:
@@ -127,18 +127,24 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return [str(token) for token in tokens], [int(one) for one in types]
 
 
+def _id(metadata: Mapping[str, Any], key: str) -> int | None:
+    """Returns the id that a key names; none is no key, or -1 without a sign."""
+    number = metadata.get(key)
+    return None if number is None or int(number) == 2**32 - 1 else int(number)
+
+
 def _named(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
     """Returns the texts of the special tokens that the file names by their ids."""
     named = {}
     for role, key in ROLES.items():
-        number = metadata.get(key)
-        if number is None or int(number) == 2**32 - 1:  # -1 where none may be negative
+        number = _id(metadata, key)
+        if number is None:
             continue
-        if not 0 <= int(number) < len(tokens):
+        if not 0 <= number < len(tokens):
             raise UserError(
                 f"{key} must be less than the {len(tokens)} tokens, got {number}"
             )
-        named[role] = tokens[int(number)]
+        named[role] = tokens[number]
     if "eos_token" not in named:
         raise UserError(f"the file must have {ROLES['eos_token']}, the end of a text")
     return named
@@ -147,7 +153,7 @@ def _named(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]
 def _add_bos(metadata: Mapping[str, Any], kind: str) -> bool:
     is_usual = kind == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA_3_KINDS
     asked = metadata.get("tokenizer.ggml.add_bos_token", is_usual)
-    return bool(asked) and metadata.get(ROLES["bos_token"]) is not None
+    return bool(asked) and _id(metadata, ROLES["bos_token"]) is not None
 
 
 def _beginning(named: Mapping[str, str], tokens: Sequence[str]) -> dict[str, Any]:
@@ -263,9 +269,9 @@ def _by_score(
     prefix = not is_gemma and bool(
         metadata.get("tokenizer.ggml.add_space_prefix", True)
     )
-    named = metadata.get(ROLES["unk_token"])
+    named = _id(metadata, ROLES["unk_token"])
     model = {
-        "unk_token": None if named is None else tokens[int(named)],
+        "unk_token": None if named is None else tokens[named],
         "byte_fallback": True,
         "fuse_unk": True,
     }

@@ -8,7 +8,7 @@ network has no switch for (other rotary scalings, activations, families) is refu
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nlhf_jax.checks import UserError, check_choice
+from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
@@ -87,7 +87,8 @@ def settings_from_config(
             raise UserError(f"config.json must have the key {key!r}, got none")
     if config.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention must be false, got true")
-    heads = config["num_attention_heads"]
+    heads = check_integer("num_attention_heads", config["num_attention_heads"], 1)
+    epsilon = check_range("rms_norm_eps", config["rms_norm_eps"], 0, high_open=True)
     bias = bool(config.get("attention_bias", False))
     said = {
         "num_kv_heads": config.get("num_key_value_heads", heads),
@@ -97,7 +98,7 @@ def settings_from_config(
         "query_key_value_bias": bias and family != "qwen2",
         "output_bias": bias and family != "qwen2",
         "mlp_bias": family == "llama" and bool(config.get("mlp_bias", False)),
-        "norm_epsilon": float(config["rms_norm_eps"]),
+        "norm_epsilon": float(epsilon),
         "query_scalar": float(config.get("query_pre_attn_scalar", 0.0)),
         "attention_soft_cap": float(config.get("attn_logit_softcapping", 0.0)),
         "logit_soft_cap": float(config.get("final_logit_softcapping", 0.0)),
@@ -123,7 +124,11 @@ def _id(given: int | None, found: Any, otherwise: int) -> int:
         return given
     if isinstance(found, list | tuple):
         found = found[0] if found else None
-    return otherwise if found is None else int(found)
+    if found is None:
+        return otherwise
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise UserError(f"special tokens must be named by their ids, got {found!r}")
+    return found
 
 
 def _kinds(family: str, config: Mapping[str, Any]) -> list[str]:
@@ -142,7 +147,7 @@ def _kinds(family: str, config: Mapping[str, Any]) -> list[str]:
     if family.startswith("qwen"):
         first = config["max_window_layers"]
         return ["local" if i >= first else "global" for i in range(num_layers)]
-    every = config["sliding_window_pattern"]
+    every = check_integer("sliding_window_pattern", config["sliding_window_pattern"], 1)
     return ["local" if (i + 1) % every else "global" for i in range(num_layers)]
 
 
@@ -170,10 +175,16 @@ def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the rotary settings, of whichever of the three ways they are written."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key, {}), Mapping):
+            raise UserError(f"{key} must be an object, got {config[key]!r:.80}")
     found = config.get("rope_parameters") or {}
     local: dict[str, Any] = {}
     if "full_attention" in found:
         found, local = found["full_attention"], found.get("sliding_attention") or {}
+    for part in (found, local):
+        if not isinstance(part, Mapping):
+            raise UserError(f"rope_parameters must hold objects, got {part!r:.80}")
     found = config.get("rope_scaling") or found
     kind = found.get("rope_type", found.get("type", "default"))
     theta = found.get("rope_theta", config.get("rope_theta", 10_000.0))

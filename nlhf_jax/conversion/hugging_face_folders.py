@@ -85,7 +85,7 @@ def open_folder(path: pathlib.Path, options: Options) -> Weights:
     config = read_json(path / CONFIG)
     try:
         settings = settings_of(config)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         text = str(error) if isinstance(error, UserError) else repr(error)
         raise UserError(f"{path / CONFIG}: {text}") from None
     tensors = read_shards(path)

@@ -22,7 +22,7 @@ from nlhf_jax.checks import UserError, nearest
 from nlhf_jax.conversion import safetensors_files
 from nlhf_jax.conversion.hugging_face import their_name
 from nlhf_jax.conversion.shapes import flat, nested, parameter_shapes
-from nlhf_jax.conversion.tensors import Tensor, Weights, of_array
+from nlhf_jax.conversion.tensors import Tensor, Weights, cast, of_array
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.models.adapters import adapted_paths
 from nlhf_jax.settings import LoraSettings
@@ -44,7 +44,29 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    # The others change the base's weights before training: adapters stand on those.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
 }
+# Keys of any value: read elsewhere, said by the tensors, or of training alone.
+NO_MATTER = (
+    "peft_type",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "lora_dropout",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+)
 
 
 def kernels(settings: ModelSettings) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,7 +119,7 @@ def read_adapter(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         targets=targets,
-        rank_stabilized=bool(config.get("use_rslora", False)),
+        rank_stabilized=config.get("use_rslora", False),
     )
     return lora, nested(leaves)
 
@@ -106,19 +128,29 @@ def _config(file: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind, rank, alpha = (config[k] for k in ("peft_type", "r", "lora_alpha"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} does not describe an adapter: {error}") from error
     if kind != "LORA":
         raise UserError(f"{file}: peft_type must be 'LORA', got {kind!r}")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise UserError(f"{file}: r and lora_alpha must be numbers, got {rank!r}")
-    for name, values in NOTHING.items():
-        if config.get(name, values[0]) not in values:
+    stabilized = config.get("use_rslora", False)
+    if not isinstance(stabilized, bool):
+        raise UserError(f"{file}: use_rslora must be a bool, got {stabilized!r}")
+    for name, value in config.items():
+        if not _does_nothing(name, value):
             raise UserError(
-                f"{file}: {name} must be {json.dumps(values[0])}, got "
-                f"{json.dumps(config[name])}: no such adapter can be held here"
+                f"{file}: {name} must be {json.dumps(NOTHING.get(name, (None,))[0])}, "
+                f"got {json.dumps(value):.80}: no such adapter can be held here"
             )
     return config
+
+
+def _does_nothing(name: str, value: Any) -> bool:
+    """Whether an adapter with such a key is a plain LoRA."""
+    # A layer's number may be 0, which equals False and is not empty.
+    is_off = value is None or value is False or value in ("", [], {})
+    return name in NO_MATTER or is_off or value in NOTHING.get(name, ())
 
 
 def _parsed(name: str, known: Mapping[str, Any]) -> tuple[str, str]:
@@ -242,7 +274,10 @@ def _their_config(
 def merged(
     weights: Weights, lora: LoraSettings, adapters: Mapping[str, Any]
 ) -> Weights:
-    """Returns weights W + scale A B, each computed when it is read, in W's dtype.
+    """Returns weights W + scale A B in float32, each computed when it is read.
+
+    All are float32, also those without an adapter: whoever loads a file of two dtypes
+    takes one of them, and bfloat16 would lose what small adapters add.
 
     Args:
       weights: of the base, by our paths.
@@ -252,6 +287,7 @@ def merged(
     Raises:
       UserError: an adapter has no kernel in the weights, or another's shape.
     """
+    weights = cast(weights, "float32", allow_rounding=True)
     leaves, tensors = flat(adapters), dict(weights.tensors)
     for place in dict.fromkeys(path.rpartition("/")[0] for path in leaves):
         path = f"{place}/kernel"
@@ -269,6 +305,5 @@ def merged(
 def _merge(
     tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, scale: float
 ) -> np.ndarray:
-    kernel = tensor.read()
     added = (lora_a.astype(np.float32) @ lora_b.astype(np.float32)) * scale
-    return (kernel.astype(np.float32) + added).astype(kernel.dtype)
+    return tensor.read() + added.astype(np.float32)

@@ -62,12 +62,14 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(length))
             entries = [entry for name, entry in header.items() if name != METADATA]
             spans = [entry["data_offsets"] for entry in entries]
-            # No byte may be left out or be two tensors'.
-            numbers = sum(last - first for first, last in spans)
-            ends = [last for _, last in spans]
-            if spans and max(ends) != numbers:
-                raise ValueError(ends)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            numbers = 0
+            for first, last in sorted(spans):  # no byte is left out or is two tensors'
+                if type(first) is not int or type(last) is not int:
+                    raise TypeError(spans)
+                if first != numbers or last < first:
+                    raise ValueError(spans)
+                numbers = last
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path} is no safetensors file: its header") from None
     if size != 8 + length + numbers:
         raise UserError(
@@ -91,7 +93,8 @@ def tensors_of(path: pathlib.Path) -> dict[str, Tensor]:
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             first, last = entry["data_offsets"]
-            fits = last - first == dtype.itemsize * math.prod(shape) and first >= 0
+            fits = last - first == dtype.itemsize * math.prod(shape)
+            fits = fits and all(type(size) is int and size >= 0 for size in shape)
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:

@@ -62,6 +62,9 @@ class Weights:
       vocabulary: "byte" where the model reads bytes and needs no file; else "".
       adapters: those that are merged into `tensors`, for a format that holds them by
         themselves; None where there are none.
+      chat_template: how prompts were put when it was trained, as in a model folder's
+        description; None where the source does not say.
+      system_prompt: what was said before them.
     """
 
     settings: ModelSettings
@@ -69,6 +72,8 @@ class Weights:
     files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     vocabulary: str = ""
     adapters: Adapters | None = None
+    chat_template: str | None = None
+    system_prompt: str = ""
 
 
 def of_array(array: np.ndarray) -> Tensor:

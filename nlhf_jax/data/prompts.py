@@ -114,7 +114,7 @@ def _templated(vocabulary: Any, named: str, system_prompt: str) -> PromptFormat:
                 f"vocabulary {file.path!r}; there is none"
             )
     else:
-        source = read_template(pathlib.Path(named).expanduser())
+        source = read_template(pathlib.Path(named))
         template = chat_templates.ChatTemplate(
             source, file.special_texts, f"chat template {named}"
         )

@@ -94,8 +94,13 @@ def template_source(folder: pathlib.Path) -> str:
         return read_template(file)
     found = read_json(folder / TOKENIZER_CONFIG).get("chat_template") or ""
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found}
-        found = named.get("default") or ""
+        if not all(isinstance(one, dict) for one in found):
+            raise UserError(
+                f"chat_template of {folder / TOKENIZER_CONFIG} must be text or a list "
+                "of objects with a name and a template"
+            )
+        named = [one.get("template") for one in found if one.get("name") == "default"]
+        found = (named and named[-1]) or ""
     if not isinstance(found, str):
         raise UserError(
             f"chat_template of {folder / TOKENIZER_CONFIG} must be text, got "
@@ -108,10 +113,14 @@ def read_template(file: pathlib.Path) -> str:
     """Returns the text of a template's file.
 
     Raises:
-      UserError: there is no such file, or it is no UTF-8.
+      UserError: there is no such file, or home folder, or it is no UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        reason = "is not UTF-8"
+    except RuntimeError:  # of expanduser
+        reason = "there is no such home folder"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-        raise UserError(f"chat template {file} can't be read: {reason}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"chat template {file} can't be read: {reason}")

@@ -10,7 +10,7 @@ from nlhf_jax.conversion import formats
 from nlhf_jax.conversion.tensors import DTYPES
 
 INPUTS_LENGTH, TARGETS_LENGTH = 512, 128
-SHARD_GIGABYTES = 5.0
+SHARD_GIGABYTES, LARGEST_SHARD = 5.0, 1e9
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +84,8 @@ def export_options(
         "--shard_gigabytes", type=float, default=SHARD_GIGABYTES, help="largest file"
     )
     options, own = _parse(parser, words, "write_flags")
-    check_range("shard_gigabytes", options.shard_gigabytes, 0.0, low_open=True)
+    size = options.shard_gigabytes
+    check_range("shard_gigabytes", size, 0.0, LARGEST_SHARD, low_open=True)
     return options, own
 
 

@@ -25,7 +25,7 @@ from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import conversion_flags, folders, model_cards, our_weights
 from nlhf_jax.models.t5 import EOS_ID, PAD_ID
 
-HUGGING_FACE = "hugging_face"
+HUGGING_FACE, PEFT = "hugging_face", "peft"
 LOADED_AS_THEY_ARE = (HUGGING_FACE, "gguf")  # by transformers
 
 
@@ -39,11 +39,13 @@ def import_model(words: Sequence[str]) -> int:
     options, own = conversion_flags.import_options(words)
     if options.check:
         agreement.require()
-    source = pathlib.Path(options.source).expanduser()
+    source = folders.expanded("from", options.source)
     target = free_target("to", options.to)
     name = options.format or formats.recognised(source)
     chosen = formats.load(name)
     conversion_flags.check_flags(name, own, chosen.open_flags)
+    if options.check and name == PEFT:
+        agreement.require(with_peft=True)
     weights = chosen.open(source, own)
     weights = with_vocabulary(weights, options.vocabulary)
     check_complete(weights)
@@ -73,7 +75,7 @@ def export_model(words: Sequence[str]) -> int:
         raise UserError(f"{options.format} is only read: it has no writer")
     conversion_flags.check_flags(options.format, own, chosen.write_flags)
     target = free_target("to", options.to)
-    source = pathlib.Path(options.checkpoint).expanduser()
+    source = folders.expanded("checkpoint", options.checkpoint)
     weights = our_weights.open_folder(source, {})
     check_complete(weights)
     weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
@@ -100,18 +102,24 @@ def _check_import(
 ) -> str:
     """Returns how the folder compares with what transformers makes of the source.
 
-    A source that transformers does not read is written for it first.
+    A source that transformers does not read is written for it first; of adapters it is
+    their base, on which `peft` puts them.
     """
     weights = our_weights.open_folder(folder, {})
     rows = _prompt_rows(weights, options.prompt)
     if name in LOADED_AS_THEY_ARE:
         model = agreement.load_theirs(source, options.dtype)
     else:
+        theirs = weights
+        if name == PEFT and weights.adapters is not None:
+            theirs = our_weights.open_folder(pathlib.Path(weights.adapters.base), {})
         with tempfile.TemporaryDirectory(dir=folder.parent) as place:
             longest = {"max_positions": agreement.LONGEST_PROMPT * 2}
             given = longest | {"shard_bytes": 1 << 40}
-            formats.load(HUGGING_FACE).write(pathlib.Path(place), weights, given)
+            formats.load(HUGGING_FACE).write(pathlib.Path(place), theirs, given)
             model = agreement.load_theirs(pathlib.Path(place))
+    if name == PEFT:
+        model = agreement.with_adapters(model, source)
     found = agreement.compare(weights, model, rows, length=agreement.NUM_TOKENS)
     return agreement.check(found)
 
@@ -159,7 +167,7 @@ def free_target(name: str, folder: str) -> pathlib.Path:
     Raises:
       UserError: something is there already, or the folder it is to lie in is not.
     """
-    target = pathlib.Path(check_local_folder(name, folder)).expanduser().absolute()
+    target = folders.expanded(name, check_local_folder(name, folder)).absolute()
     if target.exists() or target.is_symlink():
         raise UserError(f"{name}: there is already something at {folder!r}")
     parent = next(p for p in target.parents if p.exists())
@@ -209,12 +217,13 @@ def with_vocabulary(weights: Weights, vocabulary: str) -> Weights:
     """
     files = dict(weights.files)
     if vocabulary:
-        for name in (folders.VOCABULARY_FILE, our_weights.TOKENIZER):
+        # Ids, ends and templates of the old one say nothing of the new.
+        for name in (folders.VOCABULARY_FILE, *our_weights.COMPANIONS):
             files.pop(name, None)
         is_byte = vocabulary == folders.BYTE_VOCABULARY
         weights = dataclasses.replace(weights, vocabulary=vocabulary if is_byte else "")
         if not is_byte:
-            path = pathlib.Path(vocabulary).expanduser()
+            path = folders.expanded("vocabulary", vocabulary)
             # What says which of its tokens are special lies beside it.
             for companion in our_weights.COMPANIONS:
                 if (path.parent / companion).is_file():

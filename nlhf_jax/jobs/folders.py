@@ -26,7 +26,7 @@ from nlhf_jax.checks import (
     check_integer,
 )
 from nlhf_jax.data.prompts import NO_TEMPLATE, OWN_IF_ANY, OWN_TEMPLATE
-from nlhf_jax.data.special_tokens import COMPANIONS, TEMPLATE_FILE
+from nlhf_jax.data.special_tokens import COMPANIONS, TEMPLATE_FILE, template_source
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.models.families import end_of
 from nlhf_jax.settings import LoraSettings, T5Settings
@@ -44,6 +44,7 @@ FAMILIES = {
     DECODER_ONLY: (DecoderOnlySettings, "attention_pattern"),
 }
 OF_ADAPTERS = ("lora", "base", "base_digest")  # what a whole model has none of
+OF_PROMPTS = ("chat_template", "system_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,9 @@ class ModelDescription:
       lora: where the folder's parameters are adapters, which ones.
       base: then the parameters they stand on: a step's folder or a parameter file.
       base_digest: of what it held; see `jobs/adapters.py`.
+      chat_template: how prompts were put when it was trained: "" as they are, "model"
+        in the template in its folder; None where nobody wrote that down.
+      system_prompt: what the template said before them.
     """
 
     kind: str
@@ -67,6 +71,8 @@ class ModelDescription:
     lora: LoraSettings | None = None
     base: str = ""
     base_digest: str = ""
+    chat_template: str | None = None
+    system_prompt: str = ""
 
     def to_json(self) -> str:
         """Returns the description as indented JSON."""
@@ -75,6 +81,8 @@ class ModelDescription:
             fields["family"] = DECODER_ONLY  # a file without it is a T5's
         if self.lora is None:
             fields = {k: v for k, v in fields.items() if k not in OF_ADAPTERS}
+        if self.chat_template is None:
+            fields = {k: v for k, v in fields.items() if k not in OF_PROMPTS}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -85,6 +93,12 @@ class ModelDescription:
         settings_class, sequence = FAMILIES[family]
         settings = fields["settings"]
         settings[sequence] = tuple(settings[sequence])
+        put = fields.get("chat_template")
+        if put not in (None, NO_TEMPLATE, OWN_TEMPLATE):
+            raise UserError(f"chat_template must be '' or 'model', got {put!r}")
+        said = fields.get("system_prompt", "")
+        if not isinstance(said, str):
+            raise UserError(f"system_prompt must be a text, got {said!r}")
         lora = fields.get("lora")
         if lora is not None:
             lora = LoraSettings(**lora | {"targets": tuple(lora["targets"])})
@@ -95,7 +109,8 @@ def describe(
     model_dir: pathlib.Path,
     description: ModelDescription,
     vocabulary_path: str,
-    chat_template: str = "",
+    chat_template: str | None = None,
+    system_prompt: str = "",
 ) -> None:
     """Writes the description and copies the vocabulary; process 0 does, others wait.
 
@@ -104,11 +119,13 @@ def describe(
       description: of it; which vocabulary it has is filled in.
       vocabulary_path: a vocabulary's file, copied with what belongs to it, or "byte".
       chat_template: as in `DataSettings`; a file becomes the folder's own template.
+        None leaves what the description says.
+      system_prompt: as in `DataSettings`.
     """
     distributed.first_does(
         "description",
         lambda: _write_description(
-            model_dir, description, vocabulary_path, chat_template
+            model_dir, description, vocabulary_path, chat_template, system_prompt
         ),
     )
 
@@ -117,7 +134,8 @@ def _write_description(
     model_dir: pathlib.Path,
     description: ModelDescription,
     vocabulary_path: str,
-    chat_template: str,
+    chat_template: str | None,
+    system_prompt: str,
 ) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
     name = vocabulary_path
@@ -128,10 +146,33 @@ def _write_description(
         for companion in COMPANIONS:
             if (source.parent / companion).is_file():
                 _copy(source.parent / companion, model_dir / companion)
-    if chat_template not in (NO_TEMPLATE, OWN_TEMPLATE, OWN_IF_ANY):
+    if chat_template not in (None, NO_TEMPLATE, OWN_TEMPLATE, OWN_IF_ANY):
         _copy(pathlib.Path(chat_template).expanduser(), model_dir / TEMPLATE_FILE)
     description = dataclasses.replace(description, vocabulary=name)
+    if chat_template is not None:
+        description = dataclasses.replace(
+            description,
+            chat_template=_recorded(chat_template, model_dir, name),
+            system_prompt=system_prompt,
+        )
     (model_dir / DESCRIPTION_FILE).write_text(description.to_json())
+
+
+def _recorded(chat_template: str, folder: pathlib.Path, vocabulary: str) -> str:
+    """Returns what a description says of a template that may be a file or "auto"."""
+    if chat_template == OWN_IF_ANY:
+        return template_of(folder, vocabulary)
+    return OWN_TEMPLATE if chat_template else NO_TEMPLATE
+
+
+def template_of(folder: pathlib.Path, vocabulary: str) -> str:
+    """Returns "model" where a folder holds a chat template for its vocabulary, or "".
+
+    Raises:
+      UserError: its files can't be read.
+    """
+    is_there = vocabulary == TOKENIZER_FILE and template_source(folder)
+    return OWN_TEMPLATE if is_there else NO_TEMPLATE
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -146,16 +187,29 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
+def expanded(name: str, path: str | pathlib.Path) -> pathlib.Path:
+    """Returns a path whose `~` or `~user` is the home folder.
+
+    Args:
+      name: of the flag or setting, for a sentence.
+      path: as the user wrote it.
+
+    Raises:
+      UserError: there is no such user.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no home folder for {str(path)!r}") from None
+
+
 def plot_path(text: str) -> pathlib.Path:
     """Returns where a figure goes, to be asked before anything long has begun.
 
     Raises:
       UserError: the path is a folder, has no `.png` at its end, or lies in no folder.
     """
-    try:
-        target = pathlib.Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"plot: there is no home folder for {text!r}") from None
+    target = expanded("plot", text)
     if target.suffix.lower() != ".png" or target.is_dir():
         raise UserError(f"plot must be a file that ends in .png, got {text!r}")
     if not target.parent.is_dir():
@@ -167,8 +221,11 @@ def resolve(checkpoint: str | pathlib.Path) -> pathlib.Path:
     """Returns the path, of what ships with the package where there is none here.
 
     So `nlhf_jax/pretrained/docstrings_t5` is found from every folder.
+
+    Raises:
+      UserError: it begins with the home folder of nobody.
     """
-    path = pathlib.Path(checkpoint).expanduser()
+    path = expanded("checkpoint", checkpoint)
     shipped = PACKAGE.parent / path
     return shipped if not path.exists() and shipped.exists() else path
 

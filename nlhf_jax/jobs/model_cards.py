@@ -21,7 +21,9 @@ CARD = "README.md"
 LONGEST_CONFIG = 100_000  # characters
 HIDDEN = "(not shown)"
 _SECRET = re.compile(
-    r"(?im)^([^\n=]*(?:password|passwd|secret|credential|api_?key|auth_?token)[^\n=]*=)"
+    r"(?im)^([^\n=]*(?:password|passwd|secret|credential"
+    r"|(?:api|private|access|ssh|signing|encryption)_?key"
+    r"|(?:auth|access|bearer|refresh|session|hf|hub|github|api)_?token(?!iz))[^\n=]*=)"
     r"[^\n]*(?:\n[ \t]+[^\n]*)*"
 )
 _LOGIN = re.compile(r"(\w+://)[^\s/@'\"]+@")

@@ -57,6 +57,8 @@ def open_folder(path: pathlib.Path, options: Options) -> Weights:
         tensors_in(folders.resolve(path)),
         files,
         folders.BYTE_VOCABULARY if named == folders.BYTE_VOCABULARY else "",
+        chat_template=description.chat_template,
+        system_prompt=description.system_prompt,
     )
     if description.lora is None:
         return weights
@@ -137,15 +139,20 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
         dataclasses.replace(weights.settings, dtype="float32"),
         dict(lengths),
         vocabulary_of(weights),
+        system_prompt=weights.system_prompt,
     )
     tensors = weights.tensors
     if weights.adapters is not None and not options.get("is_merged", True):
         stand = adapters.stand_on(weights.adapters.base, weights.adapters.lora)
         description = stand.describes(description)
         tensors = weights.adapters.tensors
-    (folder / folders.DESCRIPTION_FILE).write_text(description.to_json())
     for name, source in weights.files.items():
         shutil.copyfile(source, folder / name)
+    put = weights.chat_template
+    if put is None:  # chat models of other projects were trained in their template
+        put = folders.template_of(folder, description.vocabulary) or None
+    description = dataclasses.replace(description, chat_template=put)
+    (folder / folders.DESCRIPTION_FILE).write_text(description.to_json())
     header: dict[str, Any] = {"sha256": safetensors_files.DIGEST}
     safetensors_files.write(
         folder / parameter_files.PARAMS_FILE,

@@ -13,7 +13,7 @@ from nlhf_jax.conversion import peft
 from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.shapes import flat, nested
 from nlhf_jax.conversion.tensors import Adapters, Weights, of_array
-from nlhf_jax.jobs import our_weights
+from nlhf_jax.jobs import folders, our_weights
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -58,13 +58,19 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
       options: "base_name", what their users load the base by; "" leaves it out.
 
     Raises:
-      UserError: there are no adapters.
+      UserError: there are no adapters, or their base is itself adapters.
     """
     found = weights.adapters
     if found is None:
         raise UserError(
             "format peft holds adapters, and the checkpoint has none: it was trained "
             "without lora"
+        )
+    if folders.description_of(found.base).lora is not None:
+        raise UserError(
+            f"format peft holds adapters on a whole model, and {found.base!r}, their "
+            "base, is adapters itself: export them merged, with --format=nlhf or "
+            "hugging_face"
         )
     adapters = nested({name: tensor.read() for name, tensor in found.tensors.items()})
     name = str(options.get("base_name", ""))

@@ -41,9 +41,11 @@ def sample(
       reference_checkpoint: model folder of the reference, for a mixture.
       beta: weight of the reference in the mixture, in [0, 1].
       mixture: more model folders -> their weights; the policy's is what is left to one.
-      chat_template: "auto" asks in the policy's own chat template if its folder has
-        one; "" leaves prompts as they are; "model" or a file as in `DataSettings`.
-      system_prompt: what the template says before the prompt.
+      chat_template: "auto" asks as the policy was asked in training, or where its
+        folder does not say, in its own chat template if there is one; "" leaves prompts
+        as they are; "model" or a file as in `DataSettings`.
+      system_prompt: what the template says before the prompt; with "auto", "" is that
+        of training.
       seed: of sampling.
 
     Raises:

@@ -129,9 +129,11 @@ def load_speaker(
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens of this probability; 1 keeps all.
       max_decode_length: tokens at most; 0 takes that of the first model's training.
-      chat_template: "auto" asks in the first model's own chat template if its folder
-        has one; "" leaves prompts as they are; "model" or a file as in `DataSettings`.
-      system_prompt: what the template says before the prompt.
+      chat_template: "auto" asks as the first model was asked in training, or where its
+        folder does not say, in its own chat template if there is one; "" leaves prompts
+        as they are; "model" or a file as in `DataSettings`.
+      system_prompt: what the template says before the prompt; with "auto", "" is that
+        of training.
 
     Raises:
       UserError: a folder is missing, models differ in shape or vocabulary, or a number
@@ -144,6 +146,9 @@ def load_speaker(
     speaker_weights(Speaker(weights), 0)
     first, *others = weights
     policy = load_policy(first)
+    if chat_template == OWN_IF_ANY and policy.description.chat_template is not None:
+        chat_template = policy.description.chat_template
+        system_prompt = system_prompt or policy.description.system_prompt
     form = prompt_format(policy.vocabulary, chat_template, system_prompt)
     folders.check_same_vocabulary(*weights)
     params = {first: policy.params}

@@ -115,7 +115,7 @@ def sft(
         evaluate,
         description=description,
         vocabulary_path=vocabulary_path,
-        chat_template=data.chat_template,
+        asked=(data.chat_template, data.system_prompt),
         model_dir=model_dir,
         optimizer=optimizer,
         loop=loop,
@@ -242,7 +242,7 @@ def _train_judge(
         lambda state: loss(state.param_sets[POLICY]),
         description=description,
         vocabulary_path=vocabulary_path,
-        chat_template=data.chat_template,
+        asked=(data.chat_template, data.system_prompt),
         model_dir=model_dir,
         loop=loop,
         initial_checkpoint_path=initial_checkpoint_path,
@@ -283,7 +283,7 @@ def _run_supervised(
     *,
     description: folders.ModelDescription,
     vocabulary_path: str,
-    chat_template: str,
+    asked: tuple[str, str],
     model_dir: str,
     optimizer: OptimizerSettings,
     loop: LoopSettings,
@@ -301,7 +301,7 @@ def _run_supervised(
     runs.check_layout(one.start, one.logical_axes, loop, mesh)
     check_goes_on(pathlib.Path(model_dir).expanduser(), one.stand)
     folder = runs.open_folder(model_dir, seed)
-    one.describe(folder, description, vocabulary_path, chat_template)
+    one.describe(folder, description, vocabulary_path, *asked)
     runs.run(
         runs.Training(
             name,

@@ -106,9 +106,9 @@ def train(
     runs.check_layout(side.trained.start, side.trained.logical_axes, loop, mesh)
     check_goes_on(pathlib.Path(model_dir).expanduser(), side.trained.stand)
     folder = runs.open_folder(model_dir, seed)
-    side.trained.describe(
-        folder, reference.description, reference.vocabulary_path, data.chat_template
-    )
+    asked = data.chat_template, data.system_prompt
+    shape = reference.description, reference.vocabulary_path
+    side.trained.describe(folder, *shape, *asked)
     evaluate = HeldOut(
         side.reference,
         judge,
@@ -137,7 +137,7 @@ def train(
         seed=seed,
         mesh=mesh,
     )
-    _write_sets(folder, write_sets, state, side.trained, reference)
+    _write_sets(folder, write_sets, state, side.trained)
 
 
 def _prompts(data: DataSettings, reference: Policy):
@@ -266,12 +266,12 @@ def _write_sets(
     names: tuple[str, ...],
     state: TrainState,
     is_of: Trained,
-    reference: Policy,
 ) -> None:
     """Writes parameter sets as model folders of their own, MODEL_DIR/sets/NAME."""
+    description = folders.description_of(folder)
     for name in names:
         target = folder / "sets" / name
-        is_of.describe(target, reference.description, folders.vocabulary_file(folder))
+        is_of.describe(target, description, folders.vocabulary_file(folder))
         params = global_arrays.fetch(state.param_sets[name])
         distributed.first_does(
             "parameter set", functools.partial(save_params, target, params, "float32")

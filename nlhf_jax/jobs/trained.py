@@ -43,7 +43,8 @@ class Trained:
         model_dir: pathlib.Path,
         description: folders.ModelDescription,
         vocabulary_path: str,
-        chat_template: str = "",
+        chat_template: str | None = None,
+        system_prompt: str = "",
     ) -> None:
         """Writes a folder's description, given that of the whole model."""
         # That of a reference may have adapters, which what is trained here does not.
@@ -52,7 +53,9 @@ class Trained:
         )
         if self.stand is not None:
             description = self.stand.describes(description)
-        folders.describe(model_dir, description, vocabulary_path, chat_template)
+        folders.describe(
+            model_dir, description, vocabulary_path, chat_template, system_prompt
+        )
 
 
 def whole(
