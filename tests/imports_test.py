@@ -65,6 +65,7 @@ LAYERS = (
                 "sentencepiece",
                 "tensorstore",
                 "tokenizers",
+                "peft",
                 "torch",
                 "transformers",
             )

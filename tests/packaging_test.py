@@ -97,7 +97,7 @@ def test_lock_reads_back():
 
 
 def test_everything_imported_is_declared(declared):
-    optional = {"gguf", "torch", "transformers"}
+    optional = {"gguf", "peft", "torch", "transformers"}
     assert imported() - required(declared) - optional == set()
 
 
