@@ -15,6 +15,7 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from nlhf_jax.checks import CheckpointError, UserError, check_choice
+from nlhf_jax.conversion.shapes import nested
 from nlhf_jax.types import Params
 
 PARAMS_FILE = "params.safetensors"
@@ -123,13 +124,7 @@ def read_params_file(
     digest = read_params_metadata(source).get("sha256")
     if digest is not None and digest != _digest(arrays):
         raise CheckpointError("its digest differs")
-    params: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, last = name.split("/")
-        inner = params
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = array
+    params = nested(arrays)
     if like is not None:
         check_same_arrays(str(source), params, like, any_dtype=True)
     return params
