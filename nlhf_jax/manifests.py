@@ -126,6 +126,14 @@ def describe_arrays(
     }
 
 
+def stored_shapes(manifest: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns array name -> shape and dtype, as a manifest tells them."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(facts["shape"]), np.dtype(facts["dtype"]))
+        for name, facts in manifest["arrays"].items()
+    }
+
+
 def files_in(folder: pathlib.Path) -> list[str]:
     """Returns the paths of all files under a step's folder but the manifest itself."""
     found = (path for path in folder.rglob("*") if not path.is_dir())

@@ -114,11 +114,7 @@ def restore_state(folder: pathlib.Path, abstract: TrainState) -> TrainState:
       CheckpointError: it is damaged; names the file or the array.
     """
     manifest = together("manifest", lambda: manifests.read(folder))
-    found = {
-        name: jax.ShapeDtypeStruct(tuple(facts["shape"]), np.dtype(facts["dtype"]))
-        for name, facts in manifest["arrays"].items()
-    }
-    check_same_arrays(f"checkpoint {folder}", found, abstract)
+    check_continues(folder, manifest, abstract)
     read_checked_manifest(folder)
     # Not a checkpointer's: in it the others would wait for who finds damage.
     handler, place = ocp.StandardCheckpointHandler(), epath.Path(folder / STATE)
@@ -131,6 +127,18 @@ def restore_state(folder: pathlib.Path, abstract: TrainState) -> TrainState:
         if int(checksum) != manifest["arrays"][name]["checksum"]:
             raise CheckpointError(f"the checksum of {name} differs")
     return state
+
+
+def check_continues(
+    folder: pathlib.Path, manifest: manifests.Manifest, abstract: TrainState
+) -> None:
+    """Checks that a step's folder holds the arrays that a state has.
+
+    Raises:
+      UserError: as `restore_state`.
+    """
+    found = manifests.stored_shapes(manifest)
+    check_same_arrays(f"checkpoint {folder}", found, abstract)
 
 
 def name_strangers(folder: pathlib.Path) -> None:

@@ -322,13 +322,24 @@ def test_a_home_that_nobody_has_is_a_plain_name(capsys):
     assert "'~nosuch/x' must be a folder that a run wrote" in capsys.readouterr().err
 
 
-def test_a_seed_is_refused_before_anything_is_written(tmp_path, one_device):
+def test_what_cannot_go_on_is_refused_before_anything_is_written(tmp_path, one_device):
     runs_test.run(tmp_path, 2)
     before = listing(tmp_path)
+    init = toys.toy_language_model().init
+    shapes = runs.initial_state(init, "", 0, runs_test.make).shapes
     with pytest.raises(UserError, match="was trained with seed 0 up to step 2, got s"):
-        run_records.open_folder(str(tmp_path), 9)
+        run_records.open_folder(str(tmp_path), runs.Continued(9, shapes))
+    longer = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), shapes
+    )
+    with pytest.raises(UserError, match=r"checkpoint .*/2 holds '.*' as .*, but .* is"):
+        run_records.open_folder(str(tmp_path), runs.Continued(0, longer))
+    without = shapes._replace(opt_states={})
+    with pytest.raises(UserError, match="has the unexpected 'opt_states/"):
+        run_records.open_folder(str(tmp_path), runs.Continued(0, without))
     assert listing(tmp_path) == before
-    run_records.open_folder(str(tmp_path), 0)
+    run_records.open_folder(str(tmp_path), runs.Continued(0, shapes))
+    assert "config.gin" in {path.name for path in tmp_path.iterdir()}
 
 
 def test_another_seed_is_refused(tmp_path, one_device, monkeypatch):

@@ -10,10 +10,12 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from nlhf_jax import checkpoints, distributed, retention
 from nlhf_jax.checks import UserError, check_local_folder
 from nlhf_jax.jobs import saves
+from nlhf_jax.types import TrainState
 
 REPORTED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow")
 CONFIG_FILE = "config.gin"
@@ -69,7 +71,19 @@ def redirected(folder: pathlib.Path, instead: pathlib.Path) -> Iterator[None]:
         _instead = None
 
 
-def open_folder(model_dir: str, seed: int | None = None) -> pathlib.Path:
+class Continued(NamedTuple):
+    """What a run that would continue a folder's checkpoints has to agree with.
+
+    Attributes:
+      seed: of the run.
+      shapes: of the state that it trains.
+    """
+
+    seed: int
+    shapes: TrainState
+
+
+def open_folder(model_dir: str, run: Continued | None = None) -> pathlib.Path:
     """Makes the output folder and writes `config.gin` and `versions.json` into it.
 
     Process 0 writes; all processes must see the folder, for they share checkpoints.
@@ -78,16 +92,17 @@ def open_folder(model_dir: str, seed: int | None = None) -> pathlib.Path:
 
     Args:
       model_dir: as the user named it.
-      seed: of a run that would continue what is there; None for a job without one.
+      run: what would continue what is there; None for a job that trains nothing.
 
     Raises:
       UserError: the path is empty, is a file, cannot be written, or is not shared, or
-        its checkpoints were trained with another seed; then nothing is written.
+        its checkpoints are of another seed, model or optimiser; then nothing is
+        written.
     """
     folder = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
     if _instead is not None:
         return _instead.get(folder.resolve(), folder)
-    distributed.first_does("folder", lambda: _describe_run(folder, model_dir, seed))
+    distributed.first_does("folder", lambda: _describe_run(folder, model_dir, run))
     distributed.all_do("shared folder", lambda: _check_seen(folder, model_dir))
     return folder
 
@@ -100,9 +115,9 @@ def _check_seen(folder: pathlib.Path, model_dir: str) -> None:
         )
 
 
-def _describe_run(folder: pathlib.Path, model_dir: str, seed: int | None) -> None:
-    if seed is not None:
-        saves.check_seed_of_newest(folder, seed)
+def _describe_run(folder: pathlib.Path, model_dir: str, run: Continued | None) -> None:
+    if run is not None:
+        saves.check_newest(folder, *run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder)

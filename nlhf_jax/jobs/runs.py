@@ -28,6 +28,7 @@ from nlhf_jax.jobs import failures, saves, steps
 from nlhf_jax.jobs.first_states import InitialState, initial_state, required
 from nlhf_jax.jobs.run_records import (
     REPORTED_PACKAGES,
+    Continued,
     open_folder,
     operative_config,
     set_source,
@@ -38,6 +39,7 @@ from nlhf_jax.types import POLICY, ParamSets, TrainState
 
 __all__ = [
     "REPORTED_PACKAGES",
+    "Continued",
     "InitialState",
     "Stopped",
     "Training",

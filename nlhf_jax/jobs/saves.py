@@ -8,9 +8,17 @@ from typing import Any
 
 import jax
 
-from nlhf_jax import checkpoints, distributed, manifests, metrics, retention
+from nlhf_jax import (
+    checkpoints,
+    distributed,
+    manifests,
+    metrics,
+    retention,
+    stored_states,
+)
 from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.settings import LoopSettings
+from nlhf_jax.types import TrainState
 
 
 def check_best_metric(settings: LoopSettings) -> None:
@@ -47,17 +55,25 @@ def check_seed(
         )
 
 
-def check_seed_of_newest(folder: pathlib.Path, seed: int) -> None:
-    """Checks the seed against the newest checkpoint of a run, if it has a readable one.
+def check_newest(folder: pathlib.Path, seed: int, shapes: TrainState) -> None:
+    """Checks a run against the newest checkpoint in its folder, if one is readable.
+
+    Args:
+      folder: of the run.
+      seed: of the run.
+      shapes: of the state that it trains.
 
     Raises:
-      UserError: as `check_seed`.
+      UserError: the checkpoint was trained with another seed, or is of another model
+        or optimiser; the first array that differs is named with both shapes.
     """
     place = folder / checkpoints.STEPS_FOLDER
     for step in retention.committed(place)[-1:]:
         # What is damaged is named where it is restored.
         with contextlib.suppress(CheckpointError):
-            check_seed(folder, step, manifests.read(place / str(step)), seed)
+            manifest = manifests.read(place / str(step))
+            check_seed(folder, step, manifest, seed)
+            stored_states.check_continues(place / str(step), manifest, shapes)
 
 
 def checkpointer(

@@ -300,7 +300,7 @@ def _run_supervised(
     one = _trained(network, first, seed, step, mesh, memory, lora)
     runs.check_layout(one.start, one.logical_axes, loop, mesh)
     check_goes_on(pathlib.Path(model_dir).expanduser(), one.stand)
-    folder = runs.open_folder(model_dir, seed)
+    folder = runs.open_folder(model_dir, runs.Continued(seed, one.start.shapes))
     one.describe(folder, description, vocabulary_path, *asked)
     runs.run(
         runs.Training(

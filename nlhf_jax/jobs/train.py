@@ -105,7 +105,8 @@ def train(
     side = _sides(stand, first, reference, step, memory, mesh, seed)
     runs.check_layout(side.trained.start, side.trained.logical_axes, loop, mesh)
     check_goes_on(pathlib.Path(model_dir).expanduser(), side.trained.stand)
-    folder = runs.open_folder(model_dir, seed)
+    goes_on = runs.Continued(seed, side.trained.start.shapes)
+    folder = runs.open_folder(model_dir, goes_on)
     asked = data.chat_template, data.system_prompt
     shape = reference.description, reference.vocabulary_path
     side.trained.describe(folder, *shape, *asked)
