@@ -5,9 +5,10 @@ import difflib
 from collections.abc import Iterable
 
 DONE, LEFT_BEHIND, USAGE, AGAIN = 0, 1, 2, 42
-BAD_DATA, BAD_CHECKPOINT, INTERNAL = 65, 66, 70
+BAD_DATA, BAD_CHECKPOINT, INTERNAL, UNWRITABLE = 65, 66, 70, 74
 INTERRUPTED, KILLED, SAVED = 130, 137, 143
 CONNECTION_LOST = 255
+NAMED = USAGE, BAD_DATA, BAD_CHECKPOINT, UNWRITABLE
 
 
 class SubmitError(Exception):
@@ -44,11 +45,11 @@ def is_final(code: int) -> bool:
 def decisive(codes: Iterable[int]) -> int:
     """Returns the one exit code that says most about why a gang of processes ended.
 
-    A named mistake (2, 65, 66) explains the others' deaths; then a signal or 42; then
+    A named mistake (2, 65, 66) or a full disk (74) explains the others' deaths; then a signal or 42; then
     70, which a process also gives whose peer has died. 0 only if all ended with 0.
     """
     failed = [code for code in codes if code != DONE]
-    named = [code for code in failed if code in (USAGE, BAD_DATA, BAD_CHECKPOINT)]
+    named = [code for code in failed if code in NAMED]
     passing = [code for code in failed if not is_final(code) and code != SAVED]
     saved = [code for code in failed if code == SAVED]
     return [*named, *passing, *saved, *failed, DONE][0]

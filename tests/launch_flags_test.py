@@ -259,6 +259,7 @@ def test_which_codes_are_tried_again():
         ([70, 143], 143),
         ([70, 0], 70),
         ([42, 70], 42),
+        ([42, 74], 74),
     ],
 )
 def test_the_code_that_says_most(codes, one):
