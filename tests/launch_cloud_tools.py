@@ -2,6 +2,7 @@
 """What the tests of the cloud backends share: a fake cloud, a tiny tree, a report."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -102,8 +103,10 @@ class FakeCloud:
         )
 
     def state(self) -> dict:
-        """Returns what is there now."""
-        return json.loads((self.folder / "state.json").read_text())
+        """Returns what is there now; no call is writing it meanwhile."""
+        with open(self.folder / "state.json") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return json.loads(file.read())
 
 
 def tiny_tree(root: pathlib.Path) -> pathlib.Path:
