@@ -45,8 +45,9 @@ def is_final(code: int) -> bool:
 def decisive(codes: Iterable[int]) -> int:
     """Returns the one exit code that says most about why a gang of processes ended.
 
-    A named mistake (2, 65, 66) or a full disk (74) explains the others' deaths; then a signal or 42; then
-    70, which a process also gives whose peer has died. 0 only if all ended with 0.
+    A named mistake (2, 65, 66) or a full disk (74) explains the others' deaths; then a
+    signal or 42; then 70, which a process also gives whose peer has died. 0 only if all
+    ended with 0.
     """
     failed = [code for code in codes if code != DONE]
     named = [code for code in failed if code in NAMED]
