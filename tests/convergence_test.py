@@ -42,6 +42,12 @@ def the_laboratory():
     return laboratory.make_laboratory(SETTINGS)
 
 
+def plain_mixture(first_N, second_N, weight):
+    """p^(1-w) q^w, normalised; the library's own checks its arguments in every call."""
+    mixed_N = first_N ** (1 - weight) * second_N**weight
+    return mixed_N / mixed_N.sum(axis=-1, keepdims=True)
+
+
 def token_mixture(policy, reference, beta):
     """The mixture of two tokens of three, one at a time, in plain numpy."""
 
@@ -51,12 +57,8 @@ def token_mixture(policy, reference, beta):
         return first, joint / first[:, None]
 
     (first, second), (first_mu, second_mu) = factors(policy), factors(reference)
-    first = solutions.geometric_mixture(first, first_mu, beta)
-    rows = [
-        solutions.geometric_mixture(row, row_mu, beta)
-        for row, row_mu in zip(second, second_mu, strict=True)
-    ]
-    return (first[:, None] * np.stack(rows)).ravel()
+    first = plain_mixture(first, first_mu, beta)
+    return (first[:, None] * plain_mixture(second, second_mu, beta)).ravel()
 
 
 def response_to_own_mixture(game, reference, tau, beta):
@@ -64,9 +66,10 @@ def response_to_own_mixture(game, reference, tau, beta):
     each step a small part of the way to the best response."""
     policy = reference
     for _ in range(3000):
-        opponent = token_mixture(policy, reference, beta)
-        answer = solutions.best_response(game, reference, tau, opponent)
-        policy = solutions.geometric_mixture(policy, answer, 0.05)
+        wins = game @ token_mixture(policy, reference, beta)
+        answer = reference * np.exp((wins - wins.max()) / tau)
+        answer /= answer.sum()
+        policy = plain_mixture(policy, answer, 0.05)
     np.testing.assert_allclose(policy, answer, rtol=0, atol=1e-12)
     return policy
 
