@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nlhf_jax import __version__, discovery, distributed, watchdog
+from nlhf_jax import __version__, compilation_cache, discovery, distributed, watchdog
 from nlhf_jax.checks import (
     CheckpointError,
     RunFailed,
@@ -202,7 +202,7 @@ def _main(words: list[str]) -> int:
         if words[0] not in SEVERAL_PROCESSES:
             own = discovery.from_variables({}, os.environ) or discovery.Processes()
             _check_single(words[0], own)
-        _enable_compilation_cache()
+        compilation_cache.enable()
         module, function = COMMANDS[words[0]].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
     job = check_choice("job", words[0], (*JOBS, *COMMANDS))
@@ -232,7 +232,7 @@ def _main(words: list[str]) -> int:
         return 0
     _join_processes(job, arguments)
     runs.set_source(gin_bindings.operative_config, words)
-    _enable_compilation_cache()
+    compilation_cache.enable()
     try:
         gin_bindings.run(job)
     except runs.Stopped as stopped:
@@ -296,12 +296,3 @@ def _show_only_errors_of_libraries() -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
-
-
-def _enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, so that a second start is quick."""
-    import jax
-
-    cache = os.environ.get("NLHF_CACHE") or pathlib.Path.home() / ".cache" / "nlhf_jax"
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -24,6 +24,7 @@ from nlhf_jax.checks import CheckpointError, UserError, check_choice
 from nlhf_jax.data.tensorflow_setup import import_seqio
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import JOBS, rehearsal
+from nlhf_jax.preferences.outside import OutsideJudge
 from nlhf_jax.preferences.raters import RaterPopulation
 
 SETTINGS = (
@@ -38,6 +39,7 @@ SETTINGS = (
     settings.MeshSettings,
     AlarmSettings,
     RaterPopulation,
+    OutsideJudge,
 )
 REPOSITORY = gin_files.REPOSITORY
 

@@ -95,6 +95,8 @@ class _Reporter:
         self._pending: tuple[int, Mapping[str, Any], int | None, Any] | None = None
         self._rates: dict[str, float] = {}
         self._programs = 1
+        self._first: speed.FirstStep | None = None
+        self._unwritten: dict[str, float] = {}
         self.clock = speed.Clock()
 
     def say(self, text: str) -> None:
@@ -130,17 +132,31 @@ class _Reporter:
             self.skipped_steps += int(metrics[guards.SKIPPED])
             metrics[guards.SKIPPED] = float(self.skipped_steps)
         self.clock.step_done(metrics)
+        is_first = self._first is None
+        if is_first:
+            self._first = speed.FirstStep(speed.waited(), self.clock.cost)
+            self._unwritten = self._first.metrics()
         if _is_due(step, self._settings.log_period, self._settings.train_steps):
             rates = self.clock.read()
             program = self._program(step, metrics, count)
-            self._writer.write(step, metrics | rates | program)
+            self._writer.write(step, metrics | rates | program | self._unwritten)
+            self._unwritten = {}
             self._rates = {k: v for k, v in rates.items() if k in RATES}
         self._progress.update(step, metrics | self._rates)
+        if is_first:
+            self.say(self._first.sentence())
         limit = self._settings.max_skipped_steps
         tensors = divergence.named(self._tensors, sizes)
         left_out = divergence.check(step, metrics, tensors, batch, limit)
         if left_out:
             self.say(left_out)
+
+    def end(self) -> None:
+        """Reports the last step, and how fast all of them were."""
+        self.flush()
+        if self._first is not None:
+            self.say(f"{self.clock.summary()}; {self._first.sentence()}")
+        speed.begin()
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
@@ -284,6 +300,7 @@ def train_loop(
                 asked_by = stop.signal.name if stop else "another process"
                 _log.warning("%s: stopped after step %d", asked_by, done)
                 break
+        reporter.end()
     return state
 
 

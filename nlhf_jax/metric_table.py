@@ -120,7 +120,11 @@ _POLICY = {
         "share", 0, 1, "samples that ended by themselves, before the length limit"
     ),
     "decode/steps": Metric(
-        "tokens", 1, INFINITY, "steps of the decode loop, the longest sample's length"
+        "tokens",
+        1,
+        INFINITY,
+        "steps of the decode loop, the longest sample's length; with a judge on the "
+        "host the mean of the batch's parts",
     ),
 }
 
@@ -203,9 +207,31 @@ _PROGRAM = {
     ),
 }
 
+# How a process began; written once.
+_START = {
+    "time/first_step": Metric(
+        "seconds", 0, INFINITY, "from the start of the process to the first step's end"
+    ),
+    "compile/cache_hits": Metric(
+        "programs", 0, INFINITY, "of the step's, read from the cache of compiled ones"
+    ),
+    "compile/cache_misses": Metric(
+        "programs", 0, INFINITY, "of the step's, compiled since they were not there"
+    ),
+}
+
+_JUDGE = {
+    "time/judging": Metric(
+        "seconds", 0, INFINITY, "that the judge on the host took in this step"
+    ),
+    "time/judging_waited": Metric(
+        "seconds", 0, INFINITY, "those of them in which no device had work"
+    ),
+}
+
 # What depends on the life of a process, and not on seed and step alone. It goes to a
 # file of its own, so that the other is the same whether a run was stopped or not.
-OF_THE_PROCESS = TIMES | frozenset(_PROGRAM)
+OF_THE_PROCESS = TIMES.union(_PROGRAM, _START, _JUDGE)
 
 _EVALUATION = {
     "eval/win_rate_reference": Metric(
@@ -263,6 +289,8 @@ METRICS: dict[str, Metric] = (
     | _ALARMS
     | _TIMES
     | _PROGRAM
+    | _START
+    | _JUDGE
     | _EVALUATION
     | _evaluated(_SUPERVISED)
 )

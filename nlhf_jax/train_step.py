@@ -251,6 +251,17 @@ def update(
     return learned, metrics | {guards.LARGEST: sizes.max(axis=0)}
 
 
+def measured(model: LanguageModel, drawn: Rollout, feedback: Feedback) -> Metrics:
+    """Returns the metrics of the responses themselves, and of what was said of them."""
+    ended_B = has_eos(*drawn.samples[0].responses, model.eos_id)
+    drawn_tokens = sum(one.responses.mask_BT.sum() for one in drawn.samples)
+    return collapse.shares(drawn.samples, feedback) | {
+        "response/eos_rate": ended_B.astype(jnp.float32).mean(),
+        "decode/steps": drawn.num_steps.astype(jnp.float32),
+        "token/count": drawn_tokens.astype(jnp.float32),
+    }
+
+
 def train_step(
     model: LanguageModel,
     algorithm: Algorithm,
@@ -315,13 +326,7 @@ def train_step(
         )
         sizes = metrics.pop(guards.LARGEST)
         gradients[part.trains] = guards.worst(gradients.get(part.trains, sizes), sizes)
-        metrics |= collapse.shares(drawn.samples, examples[-1])
-        ended_B = has_eos(*drawn.samples[0].responses, model.eos_id)
-        metrics["response/eos_rate"] = ended_B.astype(jnp.float32).mean()
-        metrics["decode/steps"] = drawn.num_steps.astype(jnp.float32)
-        drawn_tokens = sum(one.responses.mask_BT.sum() for one in drawn.samples)
-        metrics["token/count"] = drawn_tokens.astype(jnp.float32)
-        return state, metrics
+        return state, metrics | measured(model, drawn, examples[-1])
 
     constants = dict(frozen)
     for name, part in algorithm.lookaheads.items():

@@ -2,7 +2,6 @@
 """The command line: exit codes, one sentence per mistake, flags."""
 
 import inspect
-import os
 import pathlib
 import signal
 import subprocess
@@ -191,7 +190,7 @@ def test_files_are_found_in_the_search_paths(capsys, tmp_path):
 def rigged(monkeypatch, tmp_path):
     """Returns a function that makes every job raise what it is given."""
     monkeypatch.setenv("NLHF_CACHE", str(tmp_path))
-    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli.compilation_cache, "enable", lambda: None)
 
     def rig(error):
         def fail(job):
@@ -253,15 +252,3 @@ def test_a_defect_keeps_its_traceback(rigged):
     rigged(ZeroDivisionError("a defect"))
     with pytest.raises(ZeroDivisionError, match="a defect"):
         cli.main(["sft", *READY])
-
-
-def test_the_cache_of_compiled_programs_follows_the_environment(monkeypatch, tmp_path):
-    import jax
-
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("NLHF_CACHE", str(tmp_path))
-    try:
-        cli._enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == os.path.join(tmp_path, "xla")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

@@ -20,12 +20,12 @@ LAYERS = (
     (0, {"types": (), "checks": ()}),
     (1, {"sequences": (), "settings": (), "global_arrays": ()}),
     (1, {"decoder_settings": ()}),
-    (1, {"discovery": ()}),
+    (1, {"discovery": (), "compilation_cache": ()}),
     (1, {"roll_call": ()}),
     (1, {"peers": ()}),
     (1, {"runtime": (), "watchdog": ()}),
     (1, {"distributed": ()}),
-    (1, {"stopping": ()}),
+    (1, {"stopping": (), "prefetch": ()}),
     (
         2,
         {
@@ -74,6 +74,7 @@ LAYERS = (
     (3, {"flops": ()}),
     (4, {"algorithms": (), "collapse": (), "guards": ()}),
     (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),
+    (5, {"outside_step": ("optax",)}),
     (
         6,
         {

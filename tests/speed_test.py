@@ -264,9 +264,11 @@ def test_a_loop_announces_and_reports_what_its_program_costs():
     assert shown[0] == "deep: compiling the train step ..."
     assert shown[1].startswith("deep: compiled in ")
     assert shown[2].startswith("deep 1/4")
-    assert shown[-1].startswith("deep 4/4")
-    assert "time/steps_per_second" in shown[-1]
-    assert "compute/mfu" in shown[-1]
+    assert shown[3].startswith("deep: first step after ")
+    assert shown[-2].startswith("deep 4/4")
+    assert "time/steps_per_second" in shown[-2]
+    assert "compute/mfu" in shown[-2]
+    assert shown[-1].startswith("deep: 4 steps in ")
     assert [step for step, _ in lines] == [2, 4]
     for _, line in lines:
         assert metrics.TIMES.issubset(line)

@@ -10,7 +10,7 @@ import numpy as np
 from nlhf_jax import distributed
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.evaluation.bounds import gain_of_the_best
-from nlhf_jax.jobs import generation, judges
+from nlhf_jax.jobs import generation, judges, outside_steps
 from nlhf_jax.jobs.policies import Policy
 from nlhf_jax.sequences import has_eos
 from nlhf_jax.settings import SamplingSettings
@@ -27,7 +27,7 @@ class HeldOut:
     def __init__(
         self,
         reference: Policy,
-        judge: judges.LoadedJudge,
+        judge: judges.LoadedJudge | outside_steps.Reader,
         data: data_batches.SupervisedData,
         *,
         num_prompts: int,
@@ -40,7 +40,8 @@ class HeldOut:
 
         Args:
           reference: the policy that is compared with, and its network.
-          judge: the learned preference model, where there is one.
+          judge: the learned preference model, where there is one, or a judge of texts
+            that has those of `data`.
           data: held-out prompts.
           num_prompts: how many of them, from the first one.
           num_gap_samples: candidates, and as many opponents, of the lower bound of the
@@ -86,7 +87,7 @@ class HeldOut:
             "eval/length": float(responses.mask_BT.sum(axis=1).mean()),
             "eval/eos_rate": float(np.asarray(ended_B).mean()),
         }
-        if "preference" in self._judge.frozen:
+        if self._judge.compares:
             found |= self._judged(params, responses, self._before(step), key)
         distributed.first_does("answers", lambda: self._keep(step, responses))
         return found

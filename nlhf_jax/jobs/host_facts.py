@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nlhf_jax import __version__
+from nlhf_jax import __version__, compilation_cache
 from nlhf_jax.jobs import runs
 
 LOCK_FILE = pathlib.Path("/tmp/libtpu_lockfile")
@@ -133,7 +133,7 @@ def gather(folder: str, lock: str, port: int = 0) -> HostFacts:
         has_lock_file=has_lock_file,
         can_open_lock=can_open_lock,
         folder=probe(folder or os.curdir),
-        cache=probe(jax.config.jax_compilation_cache_dir or ""),
+        cache=probe(str(compilation_cache.folder())),
         package_differences=differences(pins, installed(), required_directly()),
         num_pinned=len(pins),
         memory_bytes=available_memory(),

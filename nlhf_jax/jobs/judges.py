@@ -97,6 +97,11 @@ class LoadedJudge:
     frozen: dict[str, Params]
     logical_axes: dict[str, Any]
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is a model that answers comparisons."""
+        return "preference" in self.frozen
+
     @functools.cached_property
     def _compiled_preference(self):
         return jax.jit(self.judge.preference)

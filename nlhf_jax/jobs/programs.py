@@ -32,6 +32,7 @@ from nlhf_jax.jobs.shares import WHOLE, Share
 from nlhf_jax.models.adapters import with_base
 from nlhf_jax.models.families import language_model
 from nlhf_jax.preferences.judges import learned_judge
+from nlhf_jax.preferences.outside import indifferent
 from nlhf_jax.settings import (
     LoopSettings,
     LoraSettings,
@@ -245,6 +246,8 @@ def _policy_program(
     }
     judge = learned_judge(nets.get("preference"), nets.get("reward"))
     judge = judges.on_base(judge, is_shared)
+    if said["outside_judge"]:  # its two programs, in one
+        judge = indifferent()
     trained = _trained_network(network, lora)
     whole = {kind: net for kind, net in nets.items() if kind not in is_shared}
     frozen = {BASE if lora else REFERENCE: network} | whole
@@ -293,7 +296,7 @@ def _models(
     said: Mapping[str, Any], given: Mapping[str, Any], algorithm: Algorithm
 ) -> dict[str, Model]:
     """Returns the judges the job loads: those asked, and the one that compares."""
-    found, asked = {}, train.asks(algorithm)
+    found, asked = {}, train.asks(algorithm, said["outside_judge"])
     for kind in ("preference", "reward"):
         folder, flag = said[f"{kind}_checkpoint"], f"{kind}_model"
         compares = kind == "preference" and (folder or flag in given)

@@ -118,6 +118,7 @@ def build(job: str, arguments: Mapping[str, Any]) -> str:
             arguments["algorithm"],
             arguments.get("preference_checkpoint", ""),
             arguments.get("reward_checkpoint", ""),
+            arguments.get("outside_judge"),
         )
     _check_model_dir(arguments["model_dir"])
     check_batch(arguments["loop"], arguments.get("mesh") or MeshSettings())

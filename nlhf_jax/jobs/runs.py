@@ -18,13 +18,14 @@ from nlhf_jax import (
     loop,
     metrics,
     partitioning,
+    prefetch,
     profiling,
     progress,
     speed,
     stopping,
 )
 from nlhf_jax.alarms import AlarmSettings, WatchedWriter
-from nlhf_jax.jobs import failures, saves, steps
+from nlhf_jax.jobs import failures, outside_steps, saves, steps
 from nlhf_jax.jobs.first_states import InitialState, initial_state, required
 from nlhf_jax.jobs.run_records import (
     REPORTED_PACKAGES,
@@ -61,7 +62,7 @@ class Training:
 
     Attributes:
       name: shown beside the progress bar.
-      step_fn: (state, frozen, batch, key) -> (state, metrics).
+      step_fn: (state, frozen, batch, key) -> (state, metrics), or its halves.
       frozen: parameter sets the step reads and never changes.
       batches: (step, rows) -> those rows of the step's batch, in host memory; a pure
         function of the seed, the step and the rows.
@@ -73,7 +74,7 @@ class Training:
     """
 
     name: str
-    step_fn: Callable[..., tuple[TrainState, dict]]
+    step_fn: Callable[..., tuple[TrainState, dict]] | outside_steps.Halves
     frozen: ParamSets
     batches: Callable[[int, Any], Any]
     evaluate: Callable[[TrainState], dict[str, float]]
@@ -129,7 +130,10 @@ class _FrozenStep:
 
     def compile(self, state: TrainState, batch: Any, key: jax.Array):
         """Makes the program before it is called: see `speed.compile_ahead`."""
-        return speed.compile_ahead(self._step, state, self._frozen, batch, key)
+        args = state, self._frozen, batch, key
+        if isinstance(self._step, outside_steps.OutsideStep):
+            return self._step.compile_ahead(*args)
+        return speed.compile_ahead(self._step, *args)
 
     def __call__(self, state: TrainState, batch: Any, key: jax.Array):
         return self._step(state, self._frozen, batch, key)
@@ -208,11 +212,13 @@ def run(
         progressed = _progressed(checkpointer, start_step, seed)
         shown = _shown(training, folder, start_step, settings)
         failed = failures.kept_in(folder, training.name, seed, checkpointer)
-        with failed, shown as (writer, bar):
+        made = _batches(training, settings.batch_size, device_mesh)
+        ahead = prefetch.ahead(made, settings.train_steps)
+        with failed, shown as (writer, bar), ahead as batches:
             state = loop.train_loop(
                 step,
                 state,
-                _batches(training, settings.batch_size, device_mesh),
+                batches,
                 settings=settings,
                 start_step=start_step,
                 progressed=progressed,

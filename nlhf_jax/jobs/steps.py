@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training job compiles, apart from what it reads and runs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
-from nlhf_jax import optimizers, partitioning, supervised_step, train_step
+from nlhf_jax import (
+    optimizers,
+    outside_step,
+    partitioning,
+    supervised_step,
+    train_step,
+)
+from nlhf_jax.jobs.outside_steps import Halves, OutsideStep, Reader
 from nlhf_jax.models.adapters import with_base
 from nlhf_jax.settings import LoopSettings, LoraSettings, OptimizerSettings
 from nlhf_jax.types import (
@@ -26,11 +33,12 @@ class Step(NamedTuple):
     """A job's step and the state it starts from, as pure functions.
 
     Attributes:
-      step_fn: (state, frozen, batch, key) -> (state, metrics).
+      step_fn: (state, frozen, batch, key) -> (state, metrics), or with a judge on the
+        host its halves.
       init_state: parameters -> the state before the first update.
     """
 
-    step_fn: Callable[..., tuple[TrainState, dict]]
+    step_fn: Callable[..., tuple[TrainState, dict]] | Halves
     init_state: Callable[[Params], TrainState]
 
 
@@ -53,6 +61,7 @@ def policy_step(
     max_decode_length: int,
     num_updates_per_rollout: int,
     lora: LoraSettings | None = None,
+    reader: Reader | None = None,
 ) -> Step:
     """Returns the step of `train`: rollout, score and update.
 
@@ -66,10 +75,17 @@ def policy_step(
       num_updates_per_rollout: optimiser steps on the same responses.
       lora: of adapters, where they are what is trained: the parameter sets are then
         adapters on the frozen set "base".
+      reader: a judge on the host, which is asked in place of `judge`.
     """
     transformation, rate = _optimizer_and_rate(
         optimizer, loop.train_steps * num_updates_per_rollout
     )
+    learning = {
+        "num_microbatches": loop.num_microbatches,
+        "num_updates_per_rollout": num_updates_per_rollout,
+        "learning_rate": rate,
+        "skip_not_finite": loop.max_skipped_steps > 0,
+    }
 
     def make(network: LanguageModel):
         return train_step.make_train_step(
@@ -78,16 +94,29 @@ def policy_step(
             judge,
             transformation,
             max_length=max_decode_length,
-            num_microbatches=loop.num_microbatches,
-            num_updates_per_rollout=num_updates_per_rollout,
-            learning_rate=rate,
-            skip_not_finite=loop.max_skipped_steps > 0,
+            **learning,
         )
 
-    return Step(
-        _on_base(make, network, lora),
-        lambda params: train_step.init_state(params, algorithm, transformation),
-    )
+    def make_draw(network: LanguageModel):
+        return functools.partial(
+            outside_step.draw,
+            network,
+            algorithm,
+            num_parts=reader.judge.num_parts,
+            max_length=max_decode_length,
+        )
+
+    def make_learn(network: LanguageModel):
+        bound = network, algorithm, transformation
+        return functools.partial(outside_step.learn, *bound, **learning)
+
+    def init_state(params: Params) -> TrainState:
+        return train_step.init_state(params, algorithm, transformation)
+
+    if reader is None:
+        return Step(_on_base(make, network, lora), init_state)
+    halves = (_on_base(one, network, lora) for one in (make_draw, make_learn))
+    return Step(Halves(*halves, algorithm.comparisons, reader), init_state)
 
 
 def _on_base(
@@ -97,8 +126,8 @@ def _on_base(
     if lora is None:
         return make(network)
 
-    def step_fn(state: TrainState, frozen: ParamSets, batch: Any, key: jax.Array):
-        return make(with_base(network, frozen[BASE], lora))(state, frozen, batch, key)
+    def step_fn(state: TrainState, frozen: ParamSets, *rest: Any):
+        return make(with_base(network, frozen[BASE], lora))(state, frozen, *rest)
 
     return step_fn
 
@@ -139,11 +168,13 @@ def supervised(
 
 
 def compiled(
-    step_fn: Callable[..., tuple[TrainState, dict]],
+    step_fn: Callable[..., tuple[TrainState, dict]] | Halves,
     mesh: Mesh,
     lie: partitioning.StepShardings,
-) -> partitioning.CompiledFunction:
+) -> partitioning.CompiledFunction | OutsideStep:
     """Returns (state, frozen, batch, key) -> (state, metrics), compiled when called."""
+    if isinstance(step_fn, Halves):
+        return OutsideStep(step_fn, mesh, lie)
     return partitioning.compile_step(
         step_fn,
         mesh,

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from nlhf_jax import distributed, global_arrays, partitioning
@@ -11,12 +12,13 @@ from nlhf_jax.alarms import AlarmSettings
 from nlhf_jax.checkpoints import save_params
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
-from nlhf_jax.jobs import folders, judges, runs, steps, trained
+from nlhf_jax.jobs import folders, judges, outside_steps, runs, steps, trained
 from nlhf_jax.jobs.adapters import Stand, check_goes_on, starts_at
 from nlhf_jax.jobs.held_out import HeldOut
 from nlhf_jax.jobs.policies import Policy, as_frozen, load_policy
 from nlhf_jax.jobs.trained import Trained, stand_of
 from nlhf_jax.models.adapters import adapted
+from nlhf_jax.preferences.outside import OutsideJudge, check_serves
 from nlhf_jax.settings import (
     DataSettings,
     LoopSettings,
@@ -49,6 +51,7 @@ def train(
     memory: MemorySettings = MemorySettings(),  # noqa: B008
     alarms: AlarmSettings = AlarmSettings(),  # noqa: B008
     lora: LoraSettings | None = None,
+    outside_judge: OutsideJudge | None = None,
 ) -> None:
     """Trains a policy with one of the registered algorithms.
 
@@ -77,19 +80,21 @@ def train(
       alarms: when figures of the policy or the judge give a warning.
       lora: trains adapters on the reference's weights, which policy and reference then
         share; None trains all of the weights.
+      outside_judge: a Python function of texts that compares responses, in place of a
+        preference model. With one named too, that model judges held-out answers.
 
     Raises:
       UserError: a checkpoint is missing or does not fit, the algorithm needs a judge
         that is not given, the data or the folder is unusable.
     """
     named = preference_checkpoint, reward_checkpoint
-    check_judges(algorithm, *named)
-    check_sets(algorithm, write_sets)
+    _check(algorithm, named, write_sets, outside_judge, loop, mesh)
     check_counts(num_eval_examples, num_updates_per_rollout, num_gap_samples)
     stand = stand_of(reference_checkpoint, lora)
     reference, shared = _load_reference(reference_checkpoint, stand, memory, mesh)
     judge = _load_judge(algorithm, reference_checkpoint, *named, memory, mesh, shared)
     prompts, held_out = _prompts(data, reference)
+    reader, examiner = _asked(outside_judge, judge, reference, prompts, held_out)
     max_decode_length = max_decode_length or reference.response_length
     step = steps.policy_step(
         reference.network,
@@ -100,6 +105,7 @@ def train(
         max_decode_length=max_decode_length,
         num_updates_per_rollout=num_updates_per_rollout,
         lora=lora,
+        reader=reader,
     )
     first = initial_checkpoint_path or reference_checkpoint
     side = _sides(stand, first, reference, step, memory, mesh, seed)
@@ -112,7 +118,7 @@ def train(
     side.trained.describe(folder, *shape, *asked)
     evaluate = HeldOut(
         side.reference,
-        judge,
+        examiner,
         held_out,
         num_prompts=num_eval_examples,
         num_gap_samples=num_gap_samples,
@@ -125,7 +131,7 @@ def train(
             algorithm.name,
             step.step_fn,
             side.frozen | judge.frozen,
-            lambda step, rows: prompts.batch(seed, step, loop.batch_size, rows).prompts,
+            _batches(prompts, seed, loop.batch_size, is_read=reader is not None),
             side.trained.evaluated(evaluate),
             {"data/truncated_prompts": prompts.num_truncated_prompts},
             side.trained.logical_axes,
@@ -141,12 +147,49 @@ def train(
     _write_sets(folder, write_sets, state, side.trained)
 
 
+def _check(
+    algorithm: Algorithm,
+    judges_named: tuple[str, str],
+    sets: tuple[str, ...],
+    outside: OutsideJudge | None,
+    loop: LoopSettings,
+    mesh: MeshSettings,
+) -> None:
+    check_judges(algorithm, *judges_named, outside)
+    outside_steps.check(outside, loop, mesh)
+    check_sets(algorithm, sets)
+
+
 def _prompts(data: DataSettings, reference: Policy):
     """Returns the examples that are trained on, and those held out."""
     return (
         data_batches.load_supervised(data, split, reference.vocabulary)
         for split in ("train", "evaluation")
     )
+
+
+def _batches(
+    prompts: data_batches.SupervisedData, seed: int, batch_size: int, *, is_read: bool
+) -> Callable[[int, Any], Any]:
+    """Returns (step, rows) -> prompts; with a judge of texts, also whose they are."""
+    if is_read:
+        return functools.partial(outside_steps.batch, prompts, seed, batch_size)
+    return lambda step, rows: prompts.batch(seed, step, batch_size, rows).prompts
+
+
+def _asked(
+    outside: OutsideJudge | None,
+    judge: judges.LoadedJudge,
+    reference: Policy,
+    prompts: data_batches.SupervisedData,
+    held_out: data_batches.SupervisedData,
+) -> tuple[outside_steps.Reader | None, Any]:
+    """Returns who is asked in a step on the host, and who judges held-out answers."""
+    if outside is None:
+        return None, judge
+    of = functools.partial(outside_steps.Reader, outside, reference.vocabulary)
+    judged_by = judge if judge.compares else of(held_out.prompt_texts)
+    return of(prompts.prompt_texts), judged_by
 
 
 def _load_reference(
@@ -199,8 +242,13 @@ def _sides(
     )
 
 
-def asks(algorithm: Algorithm) -> set[str]:
-    """Returns the judges that an algorithm asks: "preference", "reward" or both."""
+def asks(algorithm: Algorithm, outside: OutsideJudge | None = None) -> set[str]:
+    """Returns the judges that an algorithm asks: "preference", "reward" or both.
+
+    None of them with a judge of texts in their place.
+    """
+    if outside is not None:
+        return set()
     compares = any(part.comparisons for part in algorithm.parts)
     rates = any(part.ratings for part in algorithm.parts)
     found = {"preference": compares, "reward": rates}
@@ -227,9 +275,16 @@ def _load_judge(
     )
 
 
-def check_judges(algorithm: Algorithm, preference: str, reward: str) -> None:
-    """Raises a UserError if the algorithm asks a judge for which no folder is named."""
-    asked = asks(algorithm)
+def check_judges(
+    algorithm: Algorithm,
+    preference: str,
+    reward: str,
+    outside: OutsideJudge | None = None,
+) -> None:
+    """Raises a UserError if the algorithm asks a judge that nobody has named."""
+    if outside is not None:
+        check_serves(algorithm)
+    asked = asks(algorithm, outside)
     if "preference" in asked and not preference:
         raise UserError(
             f"{algorithm.name} compares responses: PREFERENCE_CHECKPOINT must name a "
