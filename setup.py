@@ -82,5 +82,5 @@ setuptools.setup(
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["nlhf = nlhf_jax.cli:main"]},
+    entry_points={"console_scripts": ["nlhf = nlhf_jax.__main__:start"]},
 )

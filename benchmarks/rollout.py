@@ -23,15 +23,16 @@ from benchmarks.common import (
     machine,
     write_results,
 )
-from nlhf_jax import decoding, train_step
+from nlhf_jax import decoding, huge_pages, train_step
 from nlhf_jax.algorithms import nash_md_pg
-from nlhf_jax.models.t5 import t5_language_model
+from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
+from nlhf_jax.models.families import language_model
 from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.preferences.inputs import pairwise_template
 from nlhf_jax.preferences.judges import learned_judge
 from nlhf_jax.preferences.pairwise import pairwise_preference_model
 from nlhf_jax.settings import OptimizerSettings, T5Settings
-from nlhf_jax.types import POLICY, REFERENCE, PromptBatch
+from nlhf_jax.types import POLICY, REFERENCE, LanguageModel, PromptBatch
 
 NEVER = -1  # an end token that no logit belongs to
 
@@ -40,7 +41,7 @@ NEVER = -1  # an end token that no logit belongs to
 class Size:
     """Shapes of a benchmark: the network, prompts B x S, responses of T tokens."""
 
-    settings: T5Settings
+    settings: ModelSettings
     batch_size: int
     prompt_length: int
     response_length: int
@@ -49,6 +50,7 @@ class Size:
 SIZES = {
     "tiny": Size(T5Settings(64, 16, 2, 8, 16, 1, 1), 2, 4, 4),
     "small": Size(T5Settings(8192, 256, 4, 64, 1024, 4, 4), 16, 64, 64),
+    "decoder": Size(DecoderOnlySettings(8192, 256, 8, 8, 32, 768, 4), 16, 64, 64),
 }
 
 
@@ -57,7 +59,7 @@ class Bench:
 
     def __init__(self, size: Size):
         self.size = size
-        model = t5_language_model(size.settings)
+        model = language_model(size.settings)
         self.model = model._replace(eos_id=NEVER)
         self.algorithm = nash_md_pg(tau=0.1, beta=0.25)
         self.policy_speaker, self.mixture_speaker = self.algorithm.speakers
@@ -82,12 +84,19 @@ class Bench:
         )
         self.key = jax.random.key(1)
 
-    def decode(self, name: str, speakers: Sequence[Any], max_length: int) -> Counted:
+    def decode(
+        self,
+        name: str,
+        speakers: Sequence[Any],
+        max_length: int,
+        model: LanguageModel | None = None,
+    ) -> Counted:
         """Returns (param_sets, prompts, key) -> rollout of the speakers, compiled."""
+        model = model or self.model
 
         def run(param_sets, prompts, key):
             return decoding.sample(
-                self.model, param_sets, speakers, prompts, key, max_length=max_length
+                model, param_sets, speakers, prompts, key, max_length=max_length
             )
 
         return Counted(name, run)
@@ -148,6 +157,9 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
         "mixture": bench.decode("mixture", (bench.mixture_speaker,), length),
         "twice_as_long": bench.decode("twice_as_long", both, 2 * length),
         "gumbel": bench.decode("gumbel", both, length),
+        "repeated": bench.decode(
+            "repeated", both, length, bench.model._replace(share=None)
+        ),
     }
     args = bench.decode_args()
     with mock.patch.object(decoding, "draw", gumbel_draw):
@@ -192,6 +204,7 @@ def figures(seconds: dict[str, list[float]], length: int) -> list[Figure]:
         ),
         (f"{2 * length} tokens / {length} tokens", ["twice_as_long"], ["fused"], 2.2),
         ("decode, inverse-CDF / Gumbel", ["fused"], ["gumbel"], None),
+        ("a prompt's keys once / for each row", ["fused"], ["repeated"], None),
     )
     return [
         Figure.of(name, seconds, above, below, goal)
@@ -231,4 +244,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()  # as the command line does
     raise SystemExit(main())

@@ -3,7 +3,18 @@
 
 import sys
 
-from nlhf_jax.cli import main
+from nlhf_jax import huge_pages
+
+
+def start() -> int:
+    """Runs the command line in a process of its own; returns the exit code."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        huge_pages.start_again()
+    # Imported late: what is imported before a second start is imported twice.
+    from nlhf_jax.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

@@ -3,7 +3,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -102,6 +102,23 @@ def check_integer(name: str, value: int, low: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"{name} must be an integer of at least {low}, got {value!r}")
     return value
+
+
+def check_increasing(name: str, values: Sequence[int], below: int) -> Sequence[int]:
+    """Returns `values` if they are integers from 1 on that rise and stay below `below`.
+
+    Raises:
+      UserError: `NAME must be integers that rise from at least 1 and stay below BELOW,
+        got VALUES`.
+    """
+    edges = (0, *values, below) if isinstance(values, (list, tuple)) else ()
+    are_numbers = all(type(value) is int for value in edges)
+    if not edges or not are_numbers or sorted(set(edges)) != list(edges):
+        raise UserError(
+            f"{name} must be integers that rise from at least 1 and stay below "
+            f"{below}, got {values!r}"
+        )
+    return values
 
 
 LONGEST_NAME = 100  # characters; file systems take 255 bytes

@@ -6,7 +6,7 @@ Nothing here does anything unless a mesh is set (`jax.set_mesh`).
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,41 @@ def _gather_backward(split, whole, _, gradient):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def per_device(
+    fn: Callable[..., Array],
+    arguments: Sequence[LogicalAxes],
+    result: LogicalAxes,
+    rules: Rules = RULES,
+) -> Callable[..., Array]:
+    """Returns the function run by each device on its part, where a mesh is set.
+
+    For what the compiler cannot cut up itself, a kernel. The parts must not need each
+    other; an axis whose size its mesh axes do not divide stays whole.
+
+    Args:
+      fn: arrays -> array.
+      arguments: logical axes of each of its arrays; None is an axis that stays whole.
+      result: of what it returns, whose axes are of the sizes of the first array's.
+      rules: logical axis -> mesh axes.
+    """
+
+    def run(*arrays: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return fn(*arrays)
+        specs = [
+            _fitting(array, resolve(axes, rules), mesh)
+            for array, axes in zip(arrays, arguments, strict=True)
+        ]
+        whole = _fitting(arrays[0], resolve(result, rules), mesh)
+        split = jax.shard_map(
+            fn, in_specs=tuple(specs), out_specs=whole, check_vma=False
+        )
+        return split(*arrays)
+
+    return run
 
 
 def _fitting(array: Array, spec: PartitionSpec, mesh: Any) -> PartitionSpec:

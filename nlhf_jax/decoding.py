@@ -214,7 +214,10 @@ def _begin(model, readers, speakers, prompts, max_length):
         start_R, cache = model.prefill(reader.params, read, max_length)
         start_B = start_R.reshape(batch, -1)[:, 0]
         numbers = [number for _, number, _ in reader.slots]
-        caches.append(_gather(cache, numbers, reader.num_sets))
+        if model.share is not None and reader.num_sets == 1 < len(numbers):
+            caches.append(model.share(cache, len(numbers)))
+        else:
+            caches.append(_gather(cache, numbers, reader.num_sets))
     dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
     rows = tuple(
         _Row(

@@ -4,7 +4,15 @@
 import dataclasses
 from collections.abc import Mapping
 
-from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
+from nlhf_jax.checks import (
+    UserError,
+    check_choice,
+    check_increasing,
+    check_integer,
+    check_range,
+)
+
+ATTENTIONS = ("plain", "recomputed", "chunked", "automatic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +78,9 @@ class MemorySettings:
         not affected.
       num_vocab_chunks: parts of the vocabulary whose logits exist at once, when given
         tokens are scored; it divides the vocabulary's size.
+      attention: of decoder-only models: "plain" keeps all weights, "recomputed" and
+        "chunked" make them again, "automatic" has kernels; see `models.attention`.
+      attention_chunk: queries at a time, where "chunked".
       compute_dtype: of the activations, "float32" or "bfloat16"; "" is the model's own.
         Parameters, softmax, logits and log-probabilities stay float32.
       frozen_dtype: of the parameters that are not trained (reference and judges),
@@ -79,12 +90,16 @@ class MemorySettings:
     remat: str = "none"
     scan_layers: bool = False
     num_vocab_chunks: int = 1
+    attention: str = "plain"
+    attention_chunk: int = 128
     compute_dtype: str = ""
     frozen_dtype: str = "float32"
 
     def __post_init__(self):
         check_choice("remat", self.remat, ("none", "dots", "full"))
         check_integer("num_vocab_chunks", self.num_vocab_chunks, 1)
+        check_choice("attention", self.attention, ATTENTIONS)
+        check_integer("attention_chunk", self.attention_chunk, 1)
         check_choice("compute_dtype", self.compute_dtype, ("", "float32", "bfloat16"))
         check_choice("frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
 
@@ -322,6 +337,8 @@ class DataSettings:
         template in the model's folder, "auto" that one if there is one, or a file with
         a template.
       system_prompt: what the template says before the user's turn; "" for nothing.
+      length_buckets: rising lengths below S; a batch to train on has the first that
+        holds its longest prompt, and a step is compiled once for each; () for S alone.
     """
 
     mixture_or_task_name: str
@@ -336,6 +353,7 @@ class DataSettings:
     evaluation_share: float = 0.2
     chat_template: str = ""
     system_prompt: str = ""
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.mixture_or_task_name:
@@ -345,17 +363,11 @@ class DataSettings:
                 "task_feature_lengths must have the keys 'inputs' and 'targets', got "
                 f"{dict(self.task_feature_lengths)!r}"
             )
-        for name in ("inputs", "targets"):
-            length = self.task_feature_lengths[name]
+        for name, length in self.task_feature_lengths.items():
             check_integer(f"task_feature_lengths[{name!r}]", length, 1)
-        check_range(
-            "evaluation_share",
-            self.evaluation_share,
-            0.0,
-            1.0,
-            low_open=True,
-            high_open=True,
-        )
+        share, most = self.evaluation_share, self.task_feature_lengths["inputs"]
+        check_range("evaluation_share", share, 0.0, 1.0, low_open=True, high_open=True)
+        check_increasing("length_buckets", self.length_buckets, most)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nlhf_jax import collapse, guards
 from nlhf_jax.decoding import sample
@@ -120,26 +120,49 @@ def scored_samples(
     samples: tuple[Samples, ...],
 ) -> tuple[ScoredSample, ...]:
     """Returns what the loss reads, teacher-forced; only `params` carries gradient."""
-    answered = []
-    for index in algorithm.trained_on:
-        tokens_BT, mask_BT = samples[index].responses
+    responses = [samples[index].responses for index in algorithm.trained_on]
 
-        def log_probs(weights, tokens_BT=tokens_BT, mask_BT=mask_BT):
-            scores = model.token_scores(weights, prompts, tokens_BT, None)
-            return jnp.where(mask_BT, scores.log_probs_BT, 0.0)
-
-        under = {
-            name: jax.lax.stop_gradient(log_probs(constants[name]))
-            for name in algorithm.scored_under
-        }
-        answered.append(
-            ScoredSample(
-                mask_BT,
-                {algorithm.trains: log_probs(params)} | under,
-                samples[index].sampling_log_probs_BT,
-            )
+    def log_probs(weights: Params) -> list[Float[Array, "B T"]]:
+        found = _log_probs(
+            model, weights, prompts, [one.tokens_BT for one in responses]
         )
-    return tuple(answered)
+        return [
+            jnp.where(one.mask_BT, each, 0.0)
+            for one, each in zip(responses, found, strict=True)
+        ]
+
+    under = {
+        name: jax.lax.stop_gradient(log_probs(constants[name]))
+        for name in algorithm.scored_under
+    }
+    under = {algorithm.trains: log_probs(params)} | under
+    return tuple(
+        ScoredSample(
+            responses[place].mask_BT,
+            {name: found[place] for name, found in under.items()},
+            samples[index].sampling_log_probs_BT,
+        )
+        for place, index in enumerate(algorithm.trained_on)
+    )
+
+
+def _log_probs(
+    model: LanguageModel,
+    params: Params,
+    prompts: PromptBatch,
+    responses: list[Int[Array, "B T"]],
+) -> list[Float[Array, "B T"]]:
+    """Returns the log-probabilities of several responses to each prompt."""
+    if len(responses) == 1 or not model.reads_prompts_once:
+        return [
+            model.token_scores(params, prompts, tokens_BT, None).log_probs_BT
+            for tokens_BT in responses
+        ]
+    tokens_BNT = jnp.stack(responses, axis=1)
+    tokens_RT = tokens_BNT.reshape(-1, tokens_BNT.shape[-1])
+    scores = model.token_scores(params, prompts, tokens_RT, None)
+    log_probs_BNT = scores.log_probs_BT.reshape(tokens_BNT.shape)
+    return [log_probs_BNT[:, place] for place in range(len(responses))]
 
 
 def gradient(

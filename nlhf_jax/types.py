@@ -178,6 +178,10 @@ class LanguageModel(NamedTuple):
       join: N sets -> one value under which row k of a prefill or a decode is read by
         set k mod N, in one pass over what the sets share; None where they share
         nothing.
+      share: (cache of a prefill, N) -> cache of N rows a prompt, row p N + n, in which
+        what was read of a prompt stands once; None where rows have to be repeated.
+      reads_prompts_once: whether `token_scores` takes N rows of tokens a prompt in the
+        same order, and reads the prompt once for them.
     """
 
     init: Callable[[jax.Array], Params]
@@ -192,6 +196,8 @@ class LanguageModel(NamedTuple):
     eos_id: int
     for_decoding: Callable[[Params], Params] = lambda params: params
     join: Callable[[Sequence[Params]], Params] | None = None
+    share: Callable[[Cache, int], Cache] | None = None
+    reads_prompts_once: bool = False
 
 
 class PreferenceModel(NamedTuple):

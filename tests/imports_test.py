@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nlhf_jax"
 # the lines before its own, and from itself. Beside each room, what it may import
 # besides Python's library and EVERYWHERE.
 LAYERS = (
-    (0, {"types": (), "checks": ()}),
+    (0, {"types": (), "checks": (), "huge_pages": ()}),
     (1, {"sequences": (), "settings": (), "global_arrays": ()}),
     (1, {"decoder_settings": ()}),
     (1, {"discovery": (), "compilation_cache": ()}),

@@ -218,7 +218,7 @@ def test_wheel_holds_the_configs(wheel):
 
 def test_wheel_has_the_command(wheel):
     (path,) = wheel.glob("*.dist-info/entry_points.txt")
-    assert "nlhf = nlhf_jax.cli:main" in path.read_text()
+    assert "nlhf = nlhf_jax.__main__:start" in path.read_text()
 
 
 def test_installed_wheel_finds_its_configs(wheel, tmp_path):

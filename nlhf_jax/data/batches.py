@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from nlhf_jax import distributed
 from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.data import jsonl, tasks, token_checks
+from nlhf_jax.data.length_buckets import bucket, first_columns
 from nlhf_jax.data.order import example_order, swaps
 from nlhf_jax.data.prompts import PromptFormat, prompt_format
 from nlhf_jax.data.vocabularies import Vocabulary, decode, encode
@@ -128,6 +129,7 @@ class SupervisedData:
       target_texts: likewise.
       num_truncated_prompts: prompts longer than S tokens, the end token included.
       num_truncated_targets: targets longer than T tokens.
+      length_buckets: as in `DataSettings`.
     """
 
     examples: SupervisedBatch
@@ -135,6 +137,7 @@ class SupervisedData:
     target_texts: list[str]
     num_truncated_prompts: int
     num_truncated_targets: int
+    length_buckets: tuple[int, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -144,9 +147,14 @@ class SupervisedData:
     def batch(
         self, seed: int, step: int, batch_size: int, rows: Rows | None = None
     ) -> SupervisedBatch:
-        """Returns batch `step` of the order drawn from `seed`, or `rows` of it only."""
+        """Returns batch `step` of the order drawn from `seed`, or `rows` of it only.
+
+        With `length_buckets` it is as wide as all rows of the batch need.
+        """
         _, indices_B = example_order(seed, step, batch_size, self.num_examples)
-        return self.take(indices_B if rows is None else indices_B[rows])
+        found = self.take(indices_B if rows is None else indices_B[rows])
+        width = bucket(self.examples.prompts, indices_B, self.length_buckets)
+        return found._replace(prompts=first_columns(found.prompts, width))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> SupervisedBatch:
         """Returns the examples at `indices`, in that order."""
@@ -166,6 +174,7 @@ class ComparisonData:
       preferences: P(first preferred to second) of each example.
       num_truncated_prompts: prompts longer than S tokens, the end token included.
       num_truncated_responses: responses (of both sides) longer than T tokens.
+      length_buckets: as in `DataSettings`.
     """
 
     examples: ComparisonBatch
@@ -175,6 +184,7 @@ class ComparisonData:
     preferences: list[float]
     num_truncated_prompts: int
     num_truncated_responses: int
+    length_buckets: tuple[int, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -187,16 +197,19 @@ class ComparisonData:
         """Returns batch `step` of the order drawn from `seed`, or `rows` of it only.
 
         Each epoch exchanges first and second of a random half of the examples and
-        writes 1 - preference, so that no model can learn from the place.
+        writes 1 - preference, so that no model can learn from the place. With
+        `length_buckets` it is as wide as all rows of the batch need.
         """
         epochs_B, indices_B = example_order(seed, step, batch_size, self.num_examples)
+        width = bucket(self.examples.prompts, indices_B, self.length_buckets)
         if rows is not None:
             epochs_B, indices_B = epochs_B[rows], indices_B[rows]
         swapped = [
             swaps(seed, int(epoch), self.num_examples)[index]
             for epoch, index in zip(epochs_B, indices_B, strict=True)
         ]
-        return swap(self.take(indices_B), np.array(swapped, bool))
+        found = swap(self.take(indices_B), np.array(swapped, bool))
+        return found._replace(prompts=first_columns(found.prompts, width))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ComparisonBatch:
         """Returns the examples at `indices`, in that order and not exchanged."""
@@ -280,7 +293,8 @@ def load_supervised(
     """
     examples = _read_examples(settings, split, vocabulary, tasks.SUPERVISED)
     form = tasks.format_of(settings, vocabulary)
-    return _supervised(examples, settings.task_feature_lengths, vocabulary, form)
+    found = _supervised(examples, settings.task_feature_lengths, vocabulary, form)
+    return dataclasses.replace(found, length_buckets=settings.length_buckets)
 
 
 def supervised_from_rows(
@@ -331,7 +345,8 @@ def load_comparisons(
     """
     examples = _read_examples(settings, split, vocabulary, tasks.COMPARISONS)
     form = tasks.format_of(settings, vocabulary)
-    return _comparisons(examples, settings.task_feature_lengths, vocabulary, form)
+    found = _comparisons(examples, settings.task_feature_lengths, vocabulary, form)
+    return dataclasses.replace(found, length_buckets=settings.length_buckets)
 
 
 def comparisons_from_rows(

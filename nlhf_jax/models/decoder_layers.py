@@ -20,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nlhf_jax.constraints import constrain
 from nlhf_jax.decoder_settings import DecoderOnlySettings
-from nlhf_jax.models.layers import MASKED, PROJECTION, Dense, rows_of
+from nlhf_jax.models.attention import attention, weights_of
+from nlhf_jax.models.layers import PROJECTION, Dense, rows_of
 from nlhf_jax.models.rotary import Rotation, rotate
-from nlhf_jax.models.unembedding import soft_capped
+from nlhf_jax.models.shared_prompts import as_queries, as_rows
+from nlhf_jax.settings import MemorySettings
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
@@ -79,10 +81,50 @@ class Norm(nn.Module):
         return (x * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(s.dtype)
 
 
+def _asked(
+    query_BGUQK: Float[Array, "B G U Q K"], keys_BGNK: Float[Array, "P G N K"]
+) -> Float[Array, "B G U Q N"]:
+    """Returns q k in float32; the keys may have one row for several of the queries'."""
+    logits = jnp.einsum(
+        "bguqk,bgnk->bguqn",
+        as_queries(query_BGUQK, len(keys_BGNK)),
+        keys_BGNK,
+        preferred_element_type=jnp.promote_types(query_BGUQK.dtype, jnp.float32),
+    )
+    return as_rows(logits, len(query_BGUQK))
+
+
+def _weighted(
+    weights_BGUQN: Float[Array, "B G U Q N"], values_BGNK: Float[Array, "P G N K"]
+) -> Float[Array, "B G U Q K"]:
+    """Returns the weighted values, which may have one row for several of weights."""
+    read = jnp.einsum(
+        "bguqn,bgnk->bguqk", as_queries(weights_BGUQN, len(values_BGNK)), values_BGNK
+    )
+    return as_rows(read, len(weights_BGUQN))
+
+
+def _read_both(
+    query_BGUQK: Float[Array, "B G U Q K"],
+    prompt: KeysValues,
+    own: KeysValues,
+    visible_BQN: Bool[Array, "B Q N"],
+    how: dict[str, float],
+) -> Float[Array, "B G U Q K"]:
+    """Returns what is read of a prompt's columns and of a row's own, in this order."""
+    logits = [_asked(query_BGUQK, part.keys_BGNK) for part in (prompt, own)]
+    weights_BGUQN = weights_of(jnp.concatenate(logits, axis=-1), visible_BQN, **how)
+    weights_BGUQN = weights_BGUQN.astype(own.values_BGNK.dtype)
+    length = prompt.keys_BGNK.shape[2]
+    of_prompt = _weighted(weights_BGUQN[..., :length], prompt.values_BGNK)
+    return of_prompt + _weighted(weights_BGUQN[..., length:], own.values_BGNK)
+
+
 class GroupedAttention(nn.Module):
     """Attention whose query heads share keys and values, group by group."""
 
     settings: DecoderOnlySettings
+    memory: MemorySettings
 
     def setup(self):
         s = self.settings
@@ -133,21 +175,31 @@ class GroupedAttention(nn.Module):
         turn: Rotation,
         keys_values: KeysValues,
         visible_BQN: Bool[Array, "B Q N"],
+        prompt: KeysValues | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Returns softmax(cap(q k / sqrt(scalar))) v, projected; softmax in float32."""
+        """Returns softmax(cap(q k / sqrt(scalar))) v, projected; softmax in float32.
+
+        With `prompt`, its keys come before the rows' own, and it may have one row for
+        several rows of x beside each other.
+        """
         s = self.settings
-        logits_BGUQN = jnp.einsum(
-            "bguqk,bgnk->bguqn",
-            self._queries(x_BQD, turn),
-            keys_values.keys_BGNK,
-            preferred_element_type=jnp.float32,
-        )
-        logits_BGUQN = logits_BGUQN * (s.query_scalar or s.head_dim) ** -0.5
-        logits_BGUQN = soft_capped(logits_BGUQN, s.attention_soft_cap)
-        logits_BGUQN = jnp.where(visible_BQN[:, None, None], logits_BGUQN, MASKED)
-        values_BGNK = keys_values.values_BGNK
-        weights_BGUQN = jax.nn.softmax(logits_BGUQN, axis=-1).astype(values_BGNK.dtype)
-        read_BGUQK = jnp.einsum("bguqn,bgnk->bguqk", weights_BGUQN, values_BGNK)
+        how = {
+            "scale": (s.query_scalar or s.head_dim) ** -0.5,
+            "soft_cap": s.attention_soft_cap,
+        }
+        query_BGUQK = self._queries(x_BQD, turn)
+        if prompt is None:
+            is_whole = x_BQD.shape[1] == visible_BQN.shape[2]
+            read_BGUQK = attention(
+                query_BGUQK,
+                *keys_values,
+                visible_BQN,
+                is_causal=is_whole and not s.sliding_window,
+                memory=self.memory,
+                **how,
+            )
+        else:
+            read_BGUQK = _read_both(query_BGUQK, prompt, keys_values, visible_BQN, how)
         read_BQGUK = jnp.moveaxis(read_BGUQK, 3, 1)
         return self.out(read_BQGUK.reshape(*read_BQGUK.shape[:2], -1))
 
@@ -176,11 +228,12 @@ class DecoderOnlyLayer(nn.Module):
     """
 
     settings: DecoderOnlySettings
+    memory: MemorySettings
 
     def setup(self):
         s = self.settings
         self.pre_attention_norm = Norm(s)
-        self.attention = GroupedAttention(s)
+        self.attention = GroupedAttention(s, self.memory)
         self.pre_mlp_norm = Norm(s)
         self.mlp = GatedFeedForward(s)
         if s.post_norms:
@@ -223,14 +276,18 @@ class DecoderOnlyLayer(nn.Module):
         )
         return self.whole(x_BND, turn, visible_BNN)[0]
 
-    def step(self, x_R1D, cache: KeysValues, column, turn: Rotation, visible_R1N):
-        """Returns (output of one position, cache with it written at `column`)."""
+    def step(
+        self, x_R1D, cache: KeysValues, column, turn: Rotation, visible_R1N, prompt=None
+    ):
+        """Returns (output of one position, cache with it written at `column`).
+
+        `prompt` is what `GroupedAttention.read` says.
+        """
         h_R1D = self.pre_attention_norm(x_R1D)
         write = functools.partial(
             jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2
         )
         new = self.attention.keys_values(h_R1D, turn)
         cache = KeysValues(*map(write, cache, new))
-        return self._add(
-            x_R1D, self.attention.read(h_R1D, turn, cache, visible_R1N)
-        ), cache
+        read_R1D = self.attention.read(h_R1D, turn, cache, visible_R1N, prompt)
+        return self._add(x_R1D, read_R1D), cache

@@ -71,11 +71,35 @@ class DecoderOnlyCache(NamedTuple):
       mask_RS: True on the prompt's tokens but the last.
       start_R: position of the prompt's last token.
       layers: turned keys, and values, of S + T columns, one entry a layer.
+      prompts: those of the S columns, one row for several rows of the rest; `layers`
+        has the T others then. () where no prompt is shared.
     """
 
     mask_RS: Bool[Array, "R S"]
     start_R: Int[Array, "R"]
     layers: tuple[KeysValues, ...]
+    prompts: tuple[KeysValues, ...] = ()
+
+
+def share(cache: DecoderOnlyCache, each: int) -> DecoderOnlyCache:
+    """Returns the cache of `each` responses to a prompt, whose keys stand once."""
+    length = cache.mask_RS.shape[1]
+
+    def repeated(leaf):
+        return jnp.repeat(leaf, each, axis=0)
+
+    return DecoderOnlyCache(
+        repeated(cache.mask_RS),
+        repeated(cache.start_R),
+        tuple(
+            KeysValues(*(repeated(leaf[:, :, length:]) for leaf in layer))
+            for layer in cache.layers
+        ),
+        tuple(
+            KeysValues(*(leaf[:, :, :length] for leaf in layer))
+            for layer in cache.layers
+        ),
+    )
 
 
 def without_last(prompts: PromptBatch) -> Prompt:
@@ -114,7 +138,7 @@ class DecoderOnly(nn.Module):
         self.token_embedder = Embedding(
             s.vocab_size, s.emb_dim, s.dtype, s.emb_dim**-0.5
         )
-        self.layers = [DecoderOnlyLayer(s) for _ in range(s.num_layers)]
+        self.layers = [DecoderOnlyLayer(s, self.memory) for _ in range(s.num_layers)]
         self.final_norm = Norm(s)
         if not s.tied_output:
             # Float32 whatever the activations' dtype, as the tied logits are.
@@ -217,7 +241,8 @@ class DecoderOnly(nn.Module):
     def decode_step(self, cache: DecoderOnlyCache, tokens_R, step):
         """Returns (logits_RV, cache) after feeding the token before `step`."""
         prompt_length = cache.mask_RS.shape[1]
-        length = cache.layers[0].keys_BGNK.shape[2] - prompt_length
+        first = 0 if cache.prompts else prompt_length  # column of the response's own
+        length = cache.layers[0].keys_BGNK.shape[2] - first
         keys_RN = positions_of(cache.start_R, prompt_length, length)
         # What is not yet written lies in the future, and is not read.
         is_key_RN = _with_response(cache.mask_RS, length)
@@ -225,11 +250,12 @@ class DecoderOnly(nn.Module):
         turns = self._turns(position_R1)
         visibles = self._visibles(position_R1, keys_RN, is_key_RN)
         x_R1D, layers = self._embed(tokens_R[:, None]), []
-        for layer, local, kept in zip(
-            self.layers, self.settings.is_local, cache.layers, strict=True
+        prompts = cache.prompts or (None,) * len(cache.layers)
+        for layer, local, kept, prompt in zip(
+            self.layers, self.settings.is_local, cache.layers, prompts, strict=True
         ):
             x_R1D, kept = layer.step(
-                x_R1D, kept, prompt_length + step, turns[local], visibles[local]
+                x_R1D, kept, first + step, turns[local], visibles[local], prompt
             )
             layers.append(kept)
         logits_R1V = self._logits(self.final_norm(x_R1D))
@@ -263,5 +289,8 @@ def _decoder_only_language_model(
     settings: DecoderOnlySettings, memory: MemorySettings
 ) -> LanguageModel:
     return language_model_of(
-        DecoderOnly(settings, memory), pad_id=settings.pad_id, eos_id=settings.eos_id
+        DecoderOnly(settings, memory),
+        pad_id=settings.pad_id,
+        eos_id=settings.eos_id,
+        share=share,
     )

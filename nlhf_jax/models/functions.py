@@ -7,6 +7,7 @@ A network has the methods `__call__`, `token_scores` (prompts, tokens_BT, use_dr
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,13 @@ from nlhf_jax.types import (
 
 
 def language_model_of(
-    network: Any, *, pad_id: int, eos_id: int, dropout_rate: float = 0.0
+    network: Any,
+    *,
+    pad_id: int,
+    eos_id: int,
+    dropout_rate: float = 0.0,
+    share: Callable[[Cache, int], Cache] | None = None,
+    reads_prompts_once: bool = False,
 ) -> LanguageModel:
     """Returns a network's functions.
 
@@ -36,6 +43,8 @@ def language_model_of(
       pad_id: fills the padding.
       eos_id: ends a response.
       dropout_rate: at 0, keys are ignored.
+      share: as in `LanguageModel`.
+      reads_prompts_once: likewise.
     """
     settings = network.settings
     prompts = PromptBatch(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
@@ -101,6 +110,8 @@ def language_model_of(
         pad_id=pad_id,
         eos_id=eos_id,
         for_decoding=functools.partial(_for_decoding, settings.dtype, axes),
+        share=share,
+        reads_prompts_once=reads_prompts_once,
     )
 
 

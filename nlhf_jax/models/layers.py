@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nlhf_jax.constraints import constrain, gather
+from nlhf_jax.models.products import product
+from nlhf_jax.models.shared_prompts import as_queries, as_rows
 from nlhf_jax.settings import T5Settings
 
 NUM_BUCKETS = 32
@@ -92,16 +94,16 @@ class Dense(nn.Module):
             jnp.float32,
         )
         kernel_DF = gather(kernel_DF.astype(self.dtype), self.axes)
-        product = x.astype(self.dtype) @ kernel_DF
+        made = product(x.astype(self.dtype), kernel_DF)
         if self.has_variable(ADAPTERS, "lora_a"):
-            product = product + self._adapter(x.astype(self.dtype))
+            made = made + self._adapter(x.astype(self.dtype))
         if not self.use_bias:
-            return product
+            return made
         axes = self.axes[1:]
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         bias_F = self.param("bias", zeros, (self.features,), jnp.float32)
         bias_F = gather(bias_F.astype(self.dtype), axes)
-        return product + bias_F.reshape((1,) * (x.ndim - 1) + (-1,))
+        return made + bias_F.reshape((1,) * (x.ndim - 1) + (-1,))
 
     def _adapter(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """Returns x A B; see `types.Adapted` for the axis that rows may have."""
@@ -216,13 +218,18 @@ class Attention(nn.Module):
     def read(
         self,
         x_BQD: Float[Array, "B Q D"],
-        keys_values: tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]],
+        keys_values: tuple[Float[Array, "P H S K"], Float[Array, "P H S K"]],
         bias: Float[Array, "b h q S"],
         dropout=lambda x: x,
     ) -> Float[Array, "B Q D"]:
-        """Returns softmax(q k + bias) v, projected; the softmax is in float32."""
+        """Returns softmax(q k + bias) v, projected; the softmax is in float32.
+
+        Keys, values and bias may have one row for several rows of x beside each other.
+        """
         keys_BHSK, values_BHSK = keys_values
+        num_rows = len(x_BQD)
         query_BHQK = self._heads(self.query(x_BQD))
+        query_BHQK = as_queries(query_BHQK, len(keys_BHSK))
         logits_BHQS = jnp.einsum(
             "bhqk,bhsk->bhqs",
             query_BHQK,
@@ -232,6 +239,7 @@ class Attention(nn.Module):
         weights_BHQS = dropout(jax.nn.softmax(logits_BHQS + bias, axis=-1))
         weights_BHQS = weights_BHQS.astype(values_BHSK.dtype)
         read_BHQK = jnp.einsum("bhqs,bhsk->bhqk", weights_BHQS, values_BHSK)
+        read_BHQK = as_rows(read_BHQK, num_rows)
         read_BQHK = read_BHQK.swapaxes(1, 2)
         return self.out(read_BQHK.reshape(*read_BQHK.shape[:2], -1))
 

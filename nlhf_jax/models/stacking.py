@@ -44,7 +44,7 @@ def through_layers(
             x = layer(x, *(leaf[index] for leaf in own), *shared, use_dropout)
         return x
     # Unbound: its weights are handed to it.
-    network = layer_class(block.settings, parent=None)
+    network = layer_class(block.settings, block.memory, parent=None)
     num_layers = len(block.layers)
     weights = [
         {kind: tree.get(f"layers_{i}", {}) for kind, tree in block.variables.items()}

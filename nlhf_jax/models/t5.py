@@ -52,16 +52,32 @@ class LayerCache(NamedTuple):
 
 
 class T5Cache(NamedTuple):
-    """All that decoding keeps; every leaf's first axis is the row."""
+    """All that decoding keeps; every leaf's first axis is the row.
+
+    Mask and cross-attention may have one row for several rows of the rest, see `share`.
+    """
 
     mask_RS: Bool[Array, "R S"]
     layers: tuple[LayerCache, ...]
+
+
+def share(cache: T5Cache, each: int) -> T5Cache:
+    """Returns the cache of `each` responses to a prompt; they read one encoding."""
+
+    def one(layer: LayerCache) -> LayerCache:
+        return layer._replace(
+            self_keys_RHTK=jnp.repeat(layer.self_keys_RHTK, each, axis=0),
+            self_values_RHTK=jnp.repeat(layer.self_values_RHTK, each, axis=0),
+        )
+
+    return cache._replace(layers=tuple(map(one, cache.layers)))
 
 
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward block, each behind a norm, each added."""
 
     settings: T5Settings
+    memory: MemorySettings
 
     def setup(self):
         dtype = self.settings.dtype
@@ -89,6 +105,7 @@ class DecoderLayer(nn.Module):
     """Self-attention, attention to the prompt, and a feed-forward block."""
 
     settings: T5Settings
+    memory: MemorySettings
 
     def setup(self):
         dtype = self.settings.dtype
@@ -165,7 +182,9 @@ class Encoder(nn.Module):
         s = self.settings
         if not s.bias_in_each_layer:
             self.relpos_bias = RelativeBias(s.num_heads, bidirectional=True)
-        self.layers = [EncoderLayer(s) for _ in range(s.num_encoder_layers)]
+        self.layers = [
+            EncoderLayer(s, self.memory) for _ in range(s.num_encoder_layers)
+        ]
         self.encoder_norm = RMSNorm(s.dtype)
         self.drop = dropout_module(s)
 
@@ -191,7 +210,9 @@ class Decoder(nn.Module):
         s = self.settings
         if not s.bias_in_each_layer:
             self.relpos_bias = RelativeBias(s.num_heads, bidirectional=False)
-        self.layers = [DecoderLayer(s) for _ in range(s.num_decoder_layers)]
+        self.layers = [
+            DecoderLayer(s, self.memory) for _ in range(s.num_decoder_layers)
+        ]
         self.decoder_norm = RMSNorm(s.dtype)
         if not s.logits_via_embedding:
             # Float32 whatever the activations' dtype, as the tied logits are.
@@ -336,4 +357,6 @@ def _t5_language_model(settings: T5Settings, memory: MemorySettings) -> Language
         pad_id=PAD_ID,
         eos_id=EOS_ID,
         dropout_rate=settings.dropout_rate,
+        share=share,
+        reads_prompts_once=True,
     )

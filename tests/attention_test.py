@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way to attend says the same; what is kept, and which platform has a kernel."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nlhf_jax.checks import UserError
+from nlhf_jax.models import attention as ours
+from nlhf_jax.models.decoder_only import decoder_only_language_model
+from nlhf_jax.settings import MemorySettings
+from tests import decoder_only_toys
+
+HOW = {"scale": 0.3, "soft_cap": 0.0}
+CHUNKS = [MemorySettings(attention="chunked", attention_chunk=n) for n in (1, 4, 5)]
+WAYS = [
+    MemorySettings(),
+    MemorySettings(attention="recomputed"),
+    MemorySettings(attention="automatic"),
+    *CHUNKS,
+]
+
+
+def given(length=12, width=4, batch=2, groups=2, shared=2, dtype=np.float32):
+    """Queries, keys, values, who is a key (a gap of padding inside), who sees whom."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    is_key_BN = np.ones((batch, length), bool)
+    is_key_BN[0, 3:6] = False
+    before_QN = np.tril(np.ones((length, length), bool))
+    return (
+        normal(batch, groups, shared, length, width),
+        normal(batch, groups, length, width),
+        normal(batch, groups, length, width),
+        jnp.asarray(is_key_BN),
+        jnp.asarray(before_QN[None] & is_key_BN[:, None, :]),
+    )
+
+
+def in_loops(query, keys, values, visible, scale, soft_cap):
+    """One query, one head, one key at a time, in numpy."""
+    query, keys, values, visible = map(np.asarray, (query, keys, values, visible))
+    found = np.zeros(query.shape)
+    for b, g, u, q in np.ndindex(query.shape[:4]):
+        seen = np.flatnonzero(visible[b, q])
+        logits = np.array([query[b, g, u, q] @ keys[b, g, k] for k in seen]) * scale
+        if soft_cap:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        weights = np.exp(logits - logits.max(initial=-np.inf))
+        for weight, k in zip(weights / weights.sum(), seen, strict=True):
+            found[b, g, u, q] += weight * values[b, g, k]
+    return found
+
+
+@pytest.mark.parametrize("memory", WAYS)
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+def test_every_way_is_a_loop_over_queries_heads_and_keys(memory, soft_cap, float64):
+    query, keys, values, _, visible = given(dtype=np.float64)
+    how = {"scale": 0.3, "soft_cap": soft_cap}
+    found = ours.attention(
+        query, keys, values, visible, is_causal=True, memory=memory, **how
+    )
+    expected = in_loops(query, keys, values, visible, **how)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", WAYS[1:])
+def test_gradients_are_those_of_the_plain_way(memory, float64):
+    query, keys, values, _, visible = given(dtype=np.float64)
+
+    def slopes(memory):
+        def loss(*qkv):
+            read = ours.attention(*qkv, visible, is_causal=True, memory=memory, **HOW)
+            return jnp.sin(read).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(query, keys, values)
+
+    for one, two in zip(slopes(memory), slopes(MemorySettings()), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
+
+
+def largest_kept(memory, length=64):
+    """Numbers in the largest array that the backward pass is handed."""
+    *qkv, _, visible = given(length)
+
+    def read(*qkv):
+        return ours.attention(*qkv, visible, is_causal=True, memory=memory, **HOW)
+
+    return max(leaf.size for leaf in jax.tree.leaves(jax.vjp(read, *qkv)[1]))
+
+
+def test_only_the_plain_way_keeps_a_weight_of_every_query_and_key():
+    weights = 2 * 2 * 2 * 64 * 64
+    assert largest_kept(MemorySettings()) == weights
+    for memory in (*WAYS[1:3], dataclasses.replace(CHUNKS[0], attention_chunk=8)):
+        assert largest_kept(memory) < weights / 3, memory
+
+
+def largest_made(memory, length=64):
+    """Numbers in the largest array of forward and backward pass."""
+    *qkv, _, visible = given(length)
+
+    def loss(*qkv):
+        read = ours.attention(*qkv, visible, is_causal=True, memory=memory, **HOW)
+        return jnp.sin(read).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*qkv).jaxpr
+    return max(v.aval.size for e in _equations(jaxpr) for v in e.outvars)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def test_in_chunks_no_weight_of_every_query_and_key_exists_at_all():
+    weights = 2 * 2 * 2 * 64 * 64
+    chunked = dataclasses.replace(CHUNKS[0], attention_chunk=8)
+    assert largest_made(MemorySettings(attention="recomputed")) == weights
+    assert largest_made(chunked) <= weights / 4
+
+
+@pytest.mark.parametrize("family", ["llama_3", "gemma_3"])
+@pytest.mark.parametrize("memory", [WAYS[1], CHUNKS[2]])
+def test_a_model_says_the_same_whatever_its_attention_keeps(family, memory):
+    settings = decoder_only_toys.FAMILIES[family]
+    params = decoder_only_toys.parameters(settings)
+    prompts = decoder_only_toys.random_prompts()
+    tokens_BT = decoder_only_toys.random_responses()
+
+    def slopes(memory):
+        model = decoder_only_language_model(settings, memory)
+
+        def loss(params):
+            scores = model.token_scores(params, prompts, tokens_BT, None)
+            return scores.log_probs_BT.sum()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain, found = slopes(MemorySettings()), slopes(memory)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+def test_the_kernel_for_tpus_reads_as_the_plain_way_where_anybody_looks(soft_cap):
+    """Run step by step on the CPU; padded columns are read by nobody."""
+    *qkv, is_key_BN, visible = given(130, 128, groups=1)
+    how = {"scale": 0.3, "soft_cap": soft_cap}
+    found = ours.splash(*qkv, is_key_BN, interpret=True, **how)
+    expected = ours.plain(*qkv, visible, **how)
+    looked = np.broadcast_to(
+        np.asarray(is_key_BN)[:, None, None, :, None], expected.shape
+    )
+    np.testing.assert_allclose(
+        np.asarray(found)[looked], np.asarray(expected)[looked], atol=2e-5
+    )
+
+
+def test_the_kernel_for_gpus_reads_as_the_plain_way_where_anybody_looks():
+    """The same call without cuDNN, which is not at hand."""
+    *qkv, is_key_BN, visible = given()
+    found = ours.cudnn(*qkv, is_key_BN, implementation="xla", **HOW)
+    expected = ours.plain(*qkv, visible, **HOW)
+    looked = np.broadcast_to(
+        np.asarray(is_key_BN)[:, None, None, :, None], expected.shape
+    )
+    np.testing.assert_allclose(
+        np.asarray(found)[looked], np.asarray(expected)[looked], atol=1e-5
+    )
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "platform, is_causal, dtype, soft_cap, kernel",
+    [
+        ("tpu", True, "float32", 0.0, ours.splash),
+        ("tpu", True, "bfloat16", 0.7, ours.splash),
+        ("tpu", False, "bfloat16", 0.0, None),
+        ("gpu", True, "bfloat16", 0.0, ours.cudnn),
+        ("gpu", True, "bfloat16", 0.7, None),
+        ("gpu", True, "float32", 0.0, None),
+        ("cpu", True, "bfloat16", 0.0, None),
+    ],
+)
+def test_which_kernel_a_platform_has(
+    platform, is_causal, dtype, soft_cap, kernel, monkeypatch
+):
+    monkeypatch.setattr(ours, "platform", lambda: platform)
+    query = jnp.zeros((1, 1, 1, 4, 4), dtype)
+    assert ours._kernel(query, is_causal, soft_cap) is kernel
+
+
+def test_without_a_mesh_the_platform_is_the_backends():
+    assert ours.platform() == "cpu"
+
+
+def test_only_layers_that_see_everything_before_are_causal(monkeypatch):
+    """A sliding window counts positions, which a kernel's columns are not."""
+    asked = []
+    monkeypatch.setattr(
+        ours, "_kernel", lambda query, is_causal, cap: asked.append(is_causal)
+    )
+    memory = MemorySettings(attention="automatic")
+    for family in ("llama_3", "gemma_3"):
+        settings = decoder_only_toys.FAMILIES[family]
+        model = decoder_only_language_model(settings, memory)
+        asked.clear()
+        jax.eval_shape(
+            lambda model=model, settings=settings: model.token_scores(
+                decoder_only_toys.parameters(settings),
+                decoder_only_toys.random_prompts(),
+                decoder_only_toys.random_responses(),
+                None,
+            )
+        )
+        assert asked and set(asked) == {family == "llama_3"}
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"attention": "flash"}, "attention must be one of"),
+        ({"attention": "chunk"}, "'chunked'"),
+        ({"attention_chunk": 0}, "attention_chunk must be"),
+    ],
+)
+def test_bad_settings_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        MemorySettings(**settings)
