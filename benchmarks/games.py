@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import games_leads
 from benchmarks.common import (
     Counted,
     Figure,
@@ -299,21 +300,34 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
     }
 
 
+def no_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """Returns what `measure` does where it measures nothing."""
+    del size, rounds
+    return {"figures": [], "compilations": {}, "notes": []}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, prints one line per figure, and writes the results where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument("--rounds", type=int, default=7, help="at least 5 for verdicts")
     parser.add_argument("--output", default="", help="JSON file for the results")
+    parser.add_argument("--only", choices=("figures", "leads"), help="one half of it")
     options = parser.parse_args(words)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     described = machine()
-    found = measure(SIZES[options.size], options.rounds)
+    take = no_figures if options.only == "leads" else measure
+    found = take(SIZES[options.size], options.rounds)
+    leads, absent = [], []
+    if options.only != "figures":
+        leads, absent = games_leads.measure(
+            games_leads.SIZES[options.size], options.rounds
+        )
     print(f"machine: {described}")
-    for figure in found["figures"]:
-        print(figure.line())
-    for note in found["notes"]:
+    for row in (*found["figures"], *leads):
+        print(row.line())
+    for note in (*found["notes"], *absent):
         print(note)
     again = {name: n for name, n in found["compilations"].items() if n != 1}
     print(f"compilations per function and shape: {again or 1}, goal 1")
@@ -323,8 +337,9 @@ def main(words: Sequence[str] | None = None) -> int:
             "size": options.size,
             "machine": described,
             "figures": [figure.record() for figure in found["figures"]],
+            "leads": [lead.record() for lead in leads],
             "compilations": found["compilations"],
-            "notes": found["notes"],
+            "notes": [*found["notes"], *absent],
         },
     )
     return 0

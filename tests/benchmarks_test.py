@@ -141,7 +141,8 @@ def test_games_have_their_goals_and_name_what_is_absent(
     assert 0 < games_found["figures"][-1].median < 1
     monkeypatch.setattr(games, "measure", lambda size, rounds: games_found)
     path = tmp_path / "games.json"
-    assert games.main(["--size", "tiny", "--output", str(path)]) == 0
+    words = ["--size", "tiny", "--only", "figures", "--output", str(path)]
+    assert games.main(words) == 0
     out, results = capsys.readouterr().out, json.loads(path.read_text())
     assert note in out and results["notes"] == [note]
     assert len(results["figures"]) == len(goals)

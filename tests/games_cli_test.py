@@ -66,6 +66,27 @@ def test_several_equilibria_are_said_to_be(games, tmp_path):
     )
 
 
+def test_a_sweep_is_each_setting_alone(games):
+    words = ("--method=mmd", "--taus=0.1,1", "--step_sizes=0.3,0.5", "--steps=30")
+    found = json.loads(games("sweep", "skew", *words, "--json"))
+    settings = [(run["tau"], run["step_size"]) for run in found["runs"]]
+    assert settings == [(0.1, 0.3), (0.1, 0.5), (1, 0.3), (1, 0.5)]
+    reference = np.ones(3) / 3
+    for run in found["runs"]:
+        policy = reference
+        for _ in range(30):
+            policy = solutions.mirror_step(
+                matrices.skew(), reference, *list(run.values())[:2], policy, policy
+            )
+        np.testing.assert_allclose(run["policy"], policy, rtol=0, atol=1e-12)
+        gap = solutions.regularised_gap(matrices.skew(), reference, run["tau"], policy)
+        assert run["gap"] == pytest.approx(gap, abs=1e-12)
+    printed = games("sweep", "skew", "--taus=0.1,0", "--method=mwu", "--steps=9")
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["0.1", "usual"] in [line[:2] for line in lines]
+    assert "mwu, after 9 steps" in printed
+
+
 def test_compare_ends_at_the_equilibrium_and_plots(games, tmp_path):
     figure = tmp_path / "curves.png"
     words = (
@@ -117,6 +138,12 @@ def test_analyze_says_who_wins_and_who_circles(games):
         (("solve",), "game"),
         (("solve", "skw"), "no game 'skw' (did you mean 'skew'?)"),
         (("solve", "skew", "--tau", "0"), "tau must be in (0.0, 1000000.0], got 0.0"),
+        (("sweep", "skew", "--taus=0.1,x"), "taus must be numbers separated by commas"),
+        (("sweep", "skew", "--taus=-1"), "taus must be in"),
+        (("sweep", "skew", "--step_sizes=20"), "step_size must be above 0 and at most"),
+        (("sweep", "skew", "--step_sizes=0"), "step_size must be above 0 and at most"),
+        (("sweep", "skew", "--method=nash_mdd"), "did you mean 'nash_md'"),
+        (("sweep", "skew", "--steps=0"), "steps must be an integer"),
         (("solve", "skew", "--tau", "-1"), "tau must be in (0.0, 1000000.0], got -1.0"),
         (("solve", "skew", "--tau", "nan"), "tau must be in"),
         (("solve", "skew", "--tau", "x"), "invalid float value: 'x'"),

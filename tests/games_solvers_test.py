@@ -294,6 +294,86 @@ def test_a_step_size_for_each_game():
     np.testing.assert_allclose(found.last_BN, alone, rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("method", ["nash_md", "mpo", "ema", "fictitious_play"])
+def test_runs_on_one_game_at_once_are_each_alone(method):
+    # Taus, references, starts and steps of their own.
+    rng, taus = np.random.default_rng(3), np.array([0.05, 0.1, 0.3])
+    references, starts = rng.dirichlet(np.ones(4), size=(2, 3))
+    matrix, sizes = matrices.random_game(rng, 4), np.array([0.4, 0.2, 0.3])
+    runs = solvers.make_runs(matrix, references, taus)
+    found = solvers.solve_runs(method, runs, starts, step_size=sizes, num_steps=120)
+    for b in range(3):
+        game = solvers.make_game(matrix, references[b], taus[b])
+        path = solvers.solve(method, game, starts[b], step_size=sizes[b], num_steps=120)
+        np.testing.assert_allclose(found[b], path[-1], rtol=0, atol=EXACT)
+    gaps = solvers.gaps(runs, found)
+    alone = [
+        solutions.regularised_gap(matrix, *parts)
+        for parts in zip(references, taus.tolist(), np.asarray(found), strict=True)
+    ]
+    np.testing.assert_allclose(gaps, alone, rtol=0, atol=EXACT)
+
+
+def test_runs_with_a_beta_each():
+    betas, runs = (
+        [0.0, 0.1, 0.2],
+        solvers.make_runs(matrices.skew(), SKEWED, np.full(3, TAU)),
+    )
+    found = solvers.solve_runs(
+        "fixed_mixture", runs, START, step_size=1.0, num_steps=20, beta=np.array(betas)
+    )
+    for b, beta in enumerate(betas):
+        run = {"step_size": 1.0, "num_steps": 20, "beta": beta}
+        alone = solvers.solve("fixed_mixture", skew(), START, **run)
+        np.testing.assert_allclose(found[b], alone[-1], rtol=0, atol=EXACT)
+    # One tau says how many they are, and so do references; without tau they are plain.
+    runs = solvers.make_runs(matrices.skew(), np.stack([SKEWED, UNIFORM]), TAU)
+    found = solvers.solve_runs("mwu", runs, START, num_steps=9)
+    known = last("mwu", skew(), None, 9)
+    np.testing.assert_allclose(found, [known, known], rtol=0, atol=EXACT)
+
+
+def test_a_step_of_many_runs_is_one_product():
+    runs = solvers.make_runs(games_100(), np.ones(100) / 100, np.full(16, TAU))
+    sizes = jnp.ones((16, 5))
+    text = solvers._jitted_lasts.lower(
+        methods.nash_md, runs, runs.reference_N, sizes, jnp.zeros(16), 0
+    ).as_text()
+    # Without a batch axis: the matrix is read once for all sixteen.
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("batching_dims" not in line for line in products)
+    assert any("100x100xf64" in line and "16x100xf64" in line for line in products)
+
+
+def games_100():
+    return matrices.random_game(np.random.default_rng(0), 100)
+
+
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        ((SKEWED, TAU), r"a reference each or a tau each.*got shapes \(3,\) and \(\)"),
+        ((np.ones((2, 3)) / 3, np.full(3, TAU)), "as many of one as of the other"),
+        ((SKEWED, np.array([TAU, -1.0])), "tau must be in"),
+        ((np.ones((2, 4)) / 4, TAU), "reference must have shape"),
+        ((np.ones((2, 3)), TAU), "reference must be 3 probabilities"),
+    ],
+)
+def test_runs_check_their_parts(parts, said):
+    with pytest.raises(UserError, match=said):
+        solvers.make_runs(matrices.skew(), *parts)
+
+
+def test_runs_refuse_betas_that_are_not_one_each():
+    runs = solvers.make_runs(matrices.skew(), SKEWED, np.full(3, TAU))
+    run = {"step_size": 1.0, "num_steps": 1}
+    for betas, said in (([0.1, 0.2], "shape"), ([0.1, 0.2, 1.5], "beta must be in")):
+        with pytest.raises(UserError, match=said):
+            solvers.solve_runs("ema", runs, START, beta=np.array(betas), **run)
+    with pytest.raises(UserError, match="reads no beta"):
+        solvers.solve_runs("nash_md", runs, START, beta=0.1, **run)
+
+
 def test_nothing_is_compiled_twice_for_one_shape(monkeypatch):
     traced = []
 
@@ -385,7 +465,17 @@ def test_an_equilibrium_out_of_reach_is_an_error():
     with pytest.raises(UserError, match=r"10 steps in float64 came within 0\.0"):
         solvers.equilibrium(skew(), max_steps=10)
     with pytest.raises(UserError, match="tau must be in"):
-        solvers.equilibrium(skew(0.0))
+        solvers.equilibrium(skew()._replace(tau=-0.1))
+
+
+def test_without_regularisation_the_equilibrium_is_exact():
+    known = [1 / 6, 1 / 2, 1 / 3]
+    found = solvers.equilibrium(skew(0.0))
+    np.testing.assert_allclose(found, known, rtol=0, atol=EXACT)
+    # As a run in float32 gives it, where P and 1 - P are rounded apart.
+    rough = solvers.Game(jnp.float32(matrices.skew()), jnp.float32(SKEWED), 0.0)
+    found = solvers.equilibrium(rough)
+    np.testing.assert_allclose(found, known, rtol=0, atol=1e-6)
 
 
 def test_gaps_under_vmap_are_those_of_numpy():

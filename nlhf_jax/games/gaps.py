@@ -31,8 +31,11 @@ def gap(game: Game, policy_N: Float[Array, "N"]) -> Float[Array, ""]:
 
 @jax.jit
 def gaps(games: Game, policy_BN: Float[Array, "B N"]) -> Float[Array, "B"]:
-    """Returns the gap of one policy in each of B games."""
-    return jax.vmap(gap)(games, policy_BN)
+    """Returns the gap of one policy in each of B games, or runs on one game."""
+    is_one = games.preference_NN.ndim == 2
+    return jax.vmap(gap, in_axes=(Game(None if is_one else 0, 0, 0), 0))(
+        games, policy_BN
+    )
 
 
 def averaged_gap(

@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equilibria without regularisation, by linear programs.
+"""Equilibria without regularisation, exactly.
 
 A preference game is symmetric and its value is 1/2, so p is an equilibrium if and only
-if P(y > p) <= 1/2 for every action y: a polytope, which may be a single point. Of all
-equilibria `nash` returns the one of largest entropy, as tau -> 0 does with a uniform
-reference.
+if P(y > p) <= 1/2 for every action y: a polytope, which may be a single point. The
+central path ends inside it, where it tells which actions any equilibrium plays. A
+single point then solves one linear system; of several `nash` returns the one of largest
+entropy, as tau -> 0 does with a uniform reference.
 """
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from scipy.optimize import linprog, minimize
+from jaxtyping import Float
+from scipy.linalg import lapack
 
+from nlhf_jax.checks import UserError
+from nlhf_jax.games import central_path
 from nlhf_jax.games.matrices import Matrix, check_preference_matrix
-from nlhf_jax.games.solutions import Policy, normalise
+from nlhf_jax.games.solutions import Policy
 
-FEASIBILITY = 1e-10  # what the linear programs and the entropy's dual are solved to
-SAME_WEIGHT = 1e-5  # weights that differ by less are the same
-# A weight that no equilibrium passes is 0. Where a matrix has margins of very different
-# sizes true weights can be tiny: then less is taken for 0.
-SUPPORTS = (1e-5, 1e-7, 1e-9)
-EXPLOITABILITY = 1e-7  # in units of the largest margin
+# All in units of the largest margin.
+SETTLED = 1e-5  # gap from which on it is worth asking who is played
+CERTAIN = 1e-11  # weights and losses of less may be 0
+CONDITION = 1e-13  # reciprocal, below which ties do not say which policy
+RANK = 1e-12  # singular values below this are 0
+MOST_STEPS = 200  # towards the largest entropy
+LAST_RATE = 1e-7  # of the last of them; what is left after it is its square
+LEAST_PRODUCT = 1e-10  # of a loss and its multiplier; rounding rules below
+SHRINKS = 0.1  # what a step towards the largest entropy leaves of the bounds' products
 
 
 class Equilibrium(NamedTuple):
@@ -34,26 +42,20 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
     """Returns the Nash equilibrium, of largest entropy where there are several.
 
     max over p of -sum_y p(y) log p(y)  subject to  P(y > p) <= 1/2 for all y;
-    docs/math.md (3), (38).
+    docs/math.md (3), (38), (58) to (63).
 
     Raises:
       UserError: no preference matrix.
     """
-    margin_NN = check_preference_matrix(preference_NN) - 0.5
-    largest = np.abs(margin_NN).max()
-    # Equilibria do not depend on the scale of the margins, the programs' digits do.
-    margin_NN = margin_NN / largest if largest else margin_NN
-    bound_N2 = _opposite_ends(margin_NN)
-    is_unique = bool(np.ptp(bound_N2, axis=1).max() <= SAME_WEIGHT)
-    centre_N = bound_N2.mean(axis=1)
-    if not is_unique:
-        bound_N2, centre_N = _extremes(margin_NN)
-    solve = _unique if is_unique else _most_entropy
-    for least in SUPPORTS:
-        policy_N = solve(margin_NN, np.flatnonzero(bound_N2[:, 1] > least))
-        if (margin_NN @ policy_N).max() <= EXPLOITABILITY:
-            return Equilibrium(policy_N, is_unique)
-    return Equilibrium(centre_N, is_unique)
+    margin_NN, size = _margins(preference_NN), len(preference_NN)
+    if not margin_NN.any():
+        return Equilibrium(np.full(size, 1 / size), size == 1)
+    for point in central_path.follow(margin_NN):
+        if point.gap < SETTLED:
+            policy_N = _only_one(margin_NN, np.flatnonzero(point.is_played_N))
+            if policy_N is not None:
+                return Equilibrium(policy_N, True)
+    return _of_several(margin_NN, point)
 
 
 def nash(preference_NN: Matrix) -> Policy:
@@ -61,89 +63,127 @@ def nash(preference_NN: Matrix) -> Policy:
     return solve_nash(preference_NN).policy_N
 
 
-def _opposite_ends(margin_NN: np.ndarray) -> np.ndarray:
-    """Returns the equilibria of least and largest random cost, [N, 2].
+def nash_many(
+    preference_BNN: np.ndarray,
+) -> Float[np.ndarray, "B N"]:
+    """Returns an equilibrium of each of B games of one size, in one jitted program.
 
-    They are the same one if and only if there is no other, for almost every cost.
+    No action wins more than 1e-11 times the game's largest margin against it. Of
+    several equilibria it is one inside them, which plays all that any of them plays.
+
+    Raises:
+      UserError: not B matrices, or one that is no preference matrix.
     """
-    cost_N = np.random.default_rng(0).normal(size=len(margin_NN))
-    ends = [_program(sign * cost_N, margin_NN) for sign in (1.0, -1.0)]
-    return np.maximum(np.stack(ends, axis=1), 0.0)
-
-
-def _extremes(margin_NN: np.ndarray) -> tuple[np.ndarray, Policy]:
-    """Returns each action's least and largest weight in any equilibrium, and a centre.
-
-    Two linear programs an action; the mean of what they find is an equilibrium as well.
-    """
-    size = len(margin_NN)
-    bound_N2, total_N = np.empty((size, 2)), np.zeros(size)
-    for i in range(size):
-        for side, sign in enumerate((1.0, -1.0)):
-            cost_N = np.zeros(size)
-            cost_N[i] = sign
-            found = _program(cost_N, margin_NN)
-            bound_N2[i, side] = found[i]
-            total_N += np.maximum(found, 0)
-    return bound_N2, total_N / total_N.sum()
-
-
-def _program(cost_N: np.ndarray, margin_NN: np.ndarray) -> np.ndarray:
-    """Returns the equilibrium of least cost, to fewer digits where need be."""
-    tight = {
-        f"{side}_feasibility_tolerance": FEASIBILITY for side in ("primal", "dual")
-    }
-    for method, options in (("highs", tight), ("highs", {}), ("highs-ipm", {})):
-        found = linprog(
-            cost_N,
-            A_ub=margin_NN,
-            b_ub=np.zeros(len(cost_N)),
-            A_eq=np.ones((1, len(cost_N))),
-            b_eq=[1.0],
-            bounds=(0, 1),
-            method=method,
-            options=options,
+    preference_BNN = np.asarray(preference_BNN, np.float64)
+    if preference_BNN.ndim != 3 or not len(preference_BNN):
+        raise UserError(
+            f"games must be an array of matrices [B, N, N], got shape "
+            f"{preference_BNN.shape}"
         )
-        if found.x is not None:
-            return found.x
-    raise RuntimeError(f"a linear program failed: {found.message}")
+    margin_BNN = np.stack([_margins(one_NN) for one_NN in preference_BNN])
+    with jax.enable_x64(True):
+        return np.asarray(central_path.follow_many(margin_BNN).policy_N)
 
 
-def _unique(margin_NN: np.ndarray, support_K: np.ndarray) -> Policy:
-    """Solves the ties of the support, which hold exactly at an equilibrium."""
-    system = np.vstack(
-        [margin_NN[np.ix_(support_K, support_K)], np.ones(len(support_K))]
-    )
-    right = np.append(np.zeros(len(support_K)), 1.0)
-    policy_N = np.zeros(len(margin_NN))
-    policy_N[support_K] = np.maximum(np.linalg.lstsq(system, right, rcond=None)[0], 0)
-    return policy_N / policy_N.sum()
+def _margins(preference_NN: Matrix) -> Matrix:
+    """Returns P - 1/2, antisymmetric to the last digit, the largest entry 1 (or 0).
 
-
-def _most_entropy(margin_NN: np.ndarray, support_K: np.ndarray) -> Policy:
-    """Maximises entropy over the equilibria, by its dual.
-
-    Every action of the support ties with every equilibrium (complementary slackness),
-    the others may lose. With one multiplier an action, p = softmax(-margins^T l), and
-    the dual log sum exp(-margins^T l) is smooth and convex.
+    Equilibria do not depend on the scale of the margins, digits do.
     """
-    margin_NK = margin_NN[:, support_K]
-    is_tie_N = np.isin(np.arange(len(margin_NN)), support_K)
+    preference_NN = check_preference_matrix(preference_NN)
+    margin_NN = (preference_NN - preference_NN.T) / 2
+    largest = np.abs(margin_NN).max()
+    return margin_NN / largest if largest else margin_NN
 
-    def dual(multiplier_N):
-        logits_K = -multiplier_N @ margin_NK
-        top = logits_K.max()
-        value = top + np.log(np.exp(logits_K - top).sum())
-        return value, -margin_NK @ normalise(logits_K)
 
-    found = minimize(
-        dual,
-        np.zeros(len(margin_NK)),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(None, None) if tie else (0, None) for tie in is_tie_N],
-        options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 0, "gtol": FEASIBILITY},
-    )
+def _only_one(margin_NN: Matrix, support_K: np.ndarray) -> Policy | None:
+    """Returns the equilibrium of this support if it is the only equilibrium there is.
+
+    All of the support tie: one bordered system; docs/math.md (62). It has a solution
+    only for an odd support. If all its weights are positive and every other action
+    loses, no other policy is an equilibrium.
+    """
+    size = len(support_K)
+    if size % 2 == 0:
+        return None
+    # Antisymmetric, so its transpose, which LAPACK reads, is its negative.
+    system_MM = np.ones((size + 1, size + 1))
+    system_MM[:size, :size] = margin_NN[np.ix_(support_K, support_K)]
+    system_MM[size, :size], system_MM[size, size] = -1, 0
+    norm = np.abs(system_MM).sum(axis=1).max()
+    factors_MM, pivot_M, is_singular = lapack.dgetrf(system_MM.T)
+    if is_singular or lapack.dgecon(factors_MM, norm)[0] < CONDITION:
+        return None
+    weight_K = lapack.dgetrs(factors_MM, pivot_M, np.eye(size + 1)[size])[0][:size]
     policy_N = np.zeros(len(margin_NN))
-    policy_N[support_K] = normalise(-found.x @ margin_NK)
-    return policy_N
+    policy_N[support_K] = weight_K / weight_K.sum()
+    loss_N = -margin_NN @ policy_N
+    loss_N[support_K] = np.inf
+    is_only = weight_K.min() > CERTAIN and loss_N.min() > CERTAIN
+    return policy_N if is_only else None
+
+
+def _of_several(margin_NN: Matrix, point: central_path.Point) -> Equilibrium:
+    """Returns the equilibrium of largest entropy with the support of `point`.
+
+    Equilibria have weights on the support alone and let all of it tie, so they differ
+    by the null space of its margins; docs/math.md (63).
+    """
+    is_played_N = point.is_played_N
+    inner_KK = margin_NN[np.ix_(is_played_N, is_played_N)]
+    _, singular_K, row_KK = np.linalg.svd(inner_KK)
+    basis_DK = row_KK[singular_K <= RANK]
+    wins_LD = margin_NN[np.ix_(~is_played_N, is_played_N)] @ basis_DK.T
+    centre_D = basis_DK @ point.policy_N[is_played_N]
+    policy_N = np.array(point.policy_N)
+    # Else the margins' last digits decide who is played, and this is an equilibrium.
+    if (basis_DK.T @ centre_D > 0).all() and (wins_LD @ centre_D < 0).all():
+        policy_N[~is_played_N] = 0.0
+        policy_N[is_played_N] = _most_entropy(basis_DK, wins_LD, centre_D)
+    return Equilibrium(policy_N, len(basis_DK) <= 1)
+
+
+def _most_entropy(
+    basis_DK: Float[np.ndarray, "D K"],
+    wins_LD: Float[np.ndarray, "L D"],
+    start_D: Float[np.ndarray, "D"],
+) -> Float[np.ndarray, "K"]:
+    """Maximises entropy over p = basis^T c > 0 of sum 1 with wins c <= 0.
+
+    A primal-dual interior point method: m are the multipliers of the L bounds, and m_l
+    times the loss -(wins c)_l goes to 0 for each.
+
+    Args:
+      basis_DK: orthonormal rows.
+      wins_LD: what each action outside the support wins against each row.
+      start_D: c of an equilibrium that all these lose to, up to its scale.
+    """
+    size, total_D = len(basis_DK), basis_DK.sum(axis=1)
+    start_D = start_D / (total_D @ start_D)
+    weight_K, loss_L = basis_DK.T @ start_D, -wins_LD @ start_D
+    multiplier_L = np.ones(len(loss_L))
+    system = np.zeros((size + 1, size + 1))
+    system[:size, size] = system[size, :size] = total_D
+    for _ in range(MOST_STEPS):
+        target = SHRINKS * (multiplier_L @ loss_L) / max(len(loss_L), 1)
+        system[:size, :size] = (basis_DK / weight_K) @ basis_DK.T
+        system[:size, :size] += (wins_LD.T * (multiplier_L / loss_L)) @ wins_LD
+        slope_D = -basis_DK @ np.log(weight_K) - wins_LD.T @ (target / loss_L)
+        step_D = np.linalg.lstsq(system, np.append(slope_D, 0.0), rcond=None)[0][:-1]
+        rate_K, rate_L = basis_DK.T @ step_D / weight_K, -wins_LD @ step_D / loss_L
+        rise_L = target / multiplier_L / loss_L - 1 - rate_L
+        share = min(_inside(rate_K), _inside(rate_L))
+        # By factors, so that rounding keeps them above 0.
+        weight_K, loss_L = (
+            weight_K * (1 + share * rate_K),
+            loss_L * (1 + share * rate_L),
+        )
+        multiplier_L = multiplier_L * (1 + _inside(rise_L) * rise_L)
+        if np.abs(rate_K).max() < LAST_RATE and target < LEAST_PRODUCT:
+            break
+    return weight_K / weight_K.sum()
+
+
+def _inside(rate: np.ndarray) -> float:
+    """Returns the largest share of a step, up to 1, that leaves a tenth of each."""
+    return min(1.0, 0.9 / max(-rate.min(initial=0.0), 0.9))

@@ -17,8 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nlhf_jax.checks import UserError, check_integer, check_range
+from nlhf_jax.games.entrance import (
+    broadcast,
+    check_policy,
+    make_game,
+    make_games,
+    make_runs,
+)
+from nlhf_jax.games.equilibria import equilibrium, proximal_point
 from nlhf_jax.games.gaps import averaged_gap, gap, gaps
-from nlhf_jax.games.matrices import check_preference_matrix
 from nlhf_jax.games.methods import (
     ALIASES,
     METHODS,
@@ -28,11 +35,8 @@ from nlhf_jax.games.methods import (
     Method,
     begin,
     decreasing,
-    extragradient,
     find_method,
-    payoff,
 )
-from nlhf_jax.games.solutions import Policy, regularised_nash
 from nlhf_jax.types import Schedule
 
 __all__ = [
@@ -48,15 +52,16 @@ __all__ = [
     "gaps",
     "make_game",
     "make_games",
+    "make_runs",
     "path",
     "proximal_point",
     "solve",
     "solve_many",
+    "solve_runs",
 ]
 
 # Rounding may put the first of the decreasing sizes above 1 / tau.
 ROUNDING = 1e-12
-STEPS_A_LOOK = 10  # between two looks at how far the equilibrium is
 
 
 class Outcome(NamedTuple):
@@ -68,47 +73,6 @@ class Outcome(NamedTuple):
 
     last_BN: Float[Array, "B N"]
     average_BN: Float[Array, "B N"]
-
-
-def make_game(preference_NN: np.ndarray, reference_N: np.ndarray, tau: float) -> Game:
-    """Returns the game if its parts are valid.
-
-    Raises:
-      UserError: no preference matrix, a reference that is no distribution with full
-        support, or tau below 0.
-    """
-    check_range("tau", tau, 0.0)
-    matrix = check_preference_matrix(preference_NN)
-    reference_N = _check_policy("reference", reference_N, len(matrix))
-    return Game(jnp.asarray(matrix), jnp.asarray(reference_N), tau)
-
-
-def make_games(
-    preference_BNN: np.ndarray, reference_N: np.ndarray, tau: float | np.ndarray
-) -> Game:
-    """Returns B games as one `Game` for `solve_many` if their parts are valid.
-
-    Args:
-      preference_BNN: B matrices of one size: different games, or the prompts of a
-        contextual game.
-      reference_N: one reference for all, or one each, [B, N].
-      tau: one tau for all, or one each, [B].
-
-    Raises:
-      UserError: as for `make_game`, by the first game that is wrong.
-    """
-    preference_BNN = np.asarray(preference_BNN, np.float64)
-    if preference_BNN.ndim != 3 or not len(preference_BNN):
-        raise UserError(
-            f"games must be an array of matrices [B, N, N], got shape "
-            f"{preference_BNN.shape}"
-        )
-    num_games, size = preference_BNN.shape[:2]
-    reference_BN = _broadcast("reference", reference_N, (num_games, size))
-    tau_B = _broadcast("tau", tau, (num_games,))
-    for parts in zip(preference_BNN, reference_BN, tau_B.tolist(), strict=True):
-        make_game(*parts)
-    return Game(*(jnp.asarray(part) for part in (preference_BNN, reference_BN, tau_B)))
 
 
 def path(
@@ -163,7 +127,7 @@ def solve(
     """
     recipe = find_method(method)
     interval = _interval(recipe, interval)
-    start_N = _check_policy("start", start_N, len(game.reference_N))
+    start_N = check_policy("start", start_N, len(game.reference_N))
     if not recipe.is_regularised:
         game = game._replace(tau=0.0)
     sizes_T = _step_sizes(recipe, step_size, float(game.tau), num_steps, interval)
@@ -203,67 +167,57 @@ def solve_many(
     """
     recipe = find_method(method)
     interval = _interval(recipe, interval)
-    start_BN = _broadcast("start", start_N, games.reference_N.shape)
-    for policy_N in start_BN:
-        _check_policy("start", policy_N, len(policy_N))
-    if not recipe.is_regularised:
-        games = games._replace(tau=jnp.zeros_like(games.tau))
-    sizes_BT = _sizes_of_all(recipe, step_size, games, num_steps, interval)
+    start_BN, sizes_BT, games = _prepare(
+        recipe, games, start_N, step_size, num_steps, interval
+    )
     return _jitted_ends(
         recipe.advance,
         games,
-        jnp.asarray(start_BN),
-        jnp.asarray(sizes_BT),
+        start_BN,
+        sizes_BT,
         _beta(method, recipe, beta),
         interval,
     )
 
 
-def equilibrium(
-    game: Game, *, tolerance: float = 1e-10, max_steps: int = 100_000
-) -> Float[Array, "N"]:
-    """Returns the Nash equilibrium at tau by mirror prox, for games of any size.
+def solve_runs(
+    method: str,
+    runs: Game,
+    start_N: np.ndarray,
+    *,
+    step_size: float | np.ndarray | Schedule | None = None,
+    num_steps: int,
+    beta: float | np.ndarray | None = None,
+    interval: int | None = None,
+) -> Float[Array, "B N"]:
+    """Returns the last policies of B runs of a method on one game.
 
-    Steps until no entry of the best response to the policy differs from it by more
-    than `tolerance`; each costs two matrix-vector products, where
-    `solutions.regularised_nash` solves linear systems; docs/math.md (7), (20).
+    A step reads the game's matrix once for all: it is one product of two matrices where
+    B runs alone are B products of a matrix and a vector.
 
     Args:
-      game: from `make_game`, with tau > 0.
-      tolerance: largest |BR(pi) - pi| of an entry. Below 1e-6 it needs float64
-        (`jax.enable_x64`).
-      max_steps: about log(1 / tolerance) / tau steps are needed at most.
+      method: a name of `METHODS` or `ALIASES`.
+      runs: from `make_runs`.
+      start_N: one start for all, or one each, [B, N].
+      step_size: as for `solve`, or one number each, [B].
+      num_steps: T.
+      beta: as for `solve`, or one number each, [B].
+      interval: as for `solve`, one for all.
 
     Raises:
-      UserError: tau is 0, or `max_steps` did not suffice.
+      UserError: as for `solve`.
     """
-    check_range("tau", float(game.tau), 0.0, low_open=True)
-    check_range("tolerance", tolerance, 0.0, low_open=True)
-    check_integer("max_steps", max_steps, 1)
-    policy_N, distance = _jitted_settle(game, tolerance, max_steps)
-    if not distance <= tolerance:
-        raise UserError(
-            f"max_steps must suffice to come within {tolerance:g} of the equilibrium; "
-            f"{max_steps} steps in {policy_N.dtype} came within {distance:.1g}"
-        )
-    return policy_N
-
-
-def proximal_point(
-    preference_NN: np.ndarray, reference_N: Policy, tau: float, num_steps: int
-) -> list[Policy]:
-    """Returns references mu_1 to mu_T, each the regularised Nash at the one before.
-
-    The sequence converges to a Nash equilibrium without regularisation;
-    docs/math.md (24).
-
-    Source: Liu et al., 2024, arXiv 2410.23223 (COMAL), with exact inner solutions.
-    """
-    references = []
-    for _ in range(check_integer("num_steps", num_steps, 1)):
-        reference_N = regularised_nash(preference_NN, reference_N, tau)
-        references.append(reference_N)
-    return references
+    recipe = find_method(method)
+    interval = _interval(recipe, interval)
+    start_BN, sizes_BT, runs = _prepare(
+        recipe, runs, start_N, step_size, num_steps, interval
+    )
+    shape = runs.tau.shape
+    given = [beta] * shape[0]
+    if np.ndim(beta):
+        given = broadcast("beta", beta, shape).tolist()
+    beta_B = jnp.stack([_beta(method, recipe, one) for one in given])
+    return _jitted_lasts(recipe.advance, runs, start_BN, sizes_BT, beta_B, interval)
 
 
 def _step(advance, game, iterate, now, beta, interval) -> Iterate:
@@ -292,34 +246,34 @@ def _ends(advance, games, start_BN, sizes_BT, beta, interval) -> Outcome:
     return Outcome(*jax.vmap(one)(games, start_BN, sizes_BT))
 
 
-def _settle(game: Game, tolerance, max_steps) -> tuple[jax.Array, jax.Array]:
-    """Returns the policy mirror prox comes to, and how far from it its answer is."""
-    size = 2 / (1 + 2 * game.tau)
+def _lasts(advance, runs, start_BN, sizes_BT, beta_B, interval) -> jax.Array:
+    def one(game, start_N, sizes_T, beta):
+        def body(iterate, now):
+            return _step(advance, game, iterate, now, beta, interval), None
 
-    def distance(iterate: Iterate):
-        value_N = payoff(game, iterate.logits_N)
-        answer_N = jax.nn.softmax(iterate.log_magnet_N + value_N / game.tau)
-        return jnp.abs(answer_N - jax.nn.softmax(iterate.logits_N)).max()
+        steps = (jnp.arange(sizes_T.shape[0]), sizes_T)
+        iterate, _ = jax.lax.scan(body, begin(game, start_N), steps)
+        return jax.nn.softmax(iterate.logits_N)
 
-    def is_far(carry):
-        iterate, number = carry
-        return (number < max_steps) & (distance(iterate) > tolerance)
-
-    def advance(carry):
-        iterate, number = carry
-        for _ in range(STEPS_A_LOOK):
-            iterate = extragradient(game, iterate, Knobs(size))
-        return iterate, number + STEPS_A_LOOK
-
-    start = (begin(game, game.reference_N), 0)
-    iterate, _ = jax.lax.while_loop(is_far, advance, start)
-    return jax.nn.softmax(iterate.logits_N), distance(iterate)
+    axes = (Game(None, 0, 0), 0, 0, 0)
+    return jax.vmap(one, in_axes=axes)(runs, start_BN, sizes_BT, beta_B)
 
 
 # One program per method, interval and shape, for as long as Python runs.
 _static = functools.partial(jax.jit, static_argnums=(0, 5))
 _jitted_path, _jitted_ends = _static(path), _static(_ends)
-_jitted_settle = jax.jit(_settle)
+_jitted_lasts = _static(_lasts)
+
+
+def _prepare(recipe, games: Game, start_N, step_size, num_steps, interval):
+    """Returns the starts [B, N], the step sizes [B, T] and what is played."""
+    start_BN = broadcast("start", start_N, games.reference_N.shape)
+    for policy_N in start_BN:
+        check_policy("start", policy_N, len(policy_N))
+    if not recipe.is_regularised:
+        games = games._replace(tau=jnp.zeros_like(games.tau))
+    sizes_BT = _sizes_of_all(recipe, step_size, games, num_steps, interval)
+    return jnp.asarray(start_BN), jnp.asarray(sizes_BT), games
 
 
 def _interval(recipe: Method, interval: int | None) -> int:
@@ -362,28 +316,9 @@ def _sizes_of_all(recipe, step_size, games: Game, num_steps, interval) -> np.nda
     if step_size is None or callable(step_size):
         given_B = [step_size] * len(tau_B)
     else:
-        given_B = _broadcast("step_size", step_size, games.tau.shape).tolist()
+        given_B = broadcast("step_size", step_size, games.tau.shape).tolist()
     kinds_B = list(zip(given_B, tau_B, strict=True))
     rows = {
         kind: _step_sizes(recipe, *kind, num_steps, interval) for kind in {*kinds_B}
     }
     return np.stack([rows[kind] for kind in kinds_B])
-
-
-def _broadcast(name: str, given, shape: tuple[int, ...]) -> np.ndarray:
-    given = np.asarray(given, np.float64)
-    if given.shape not in (shape, shape[1:]):
-        raise UserError(
-            f"{name} must have shape {shape} or {shape[1:]}, got {given.shape}"
-        )
-    return np.broadcast_to(given, shape)
-
-
-def _check_policy(name: str, policy_N: np.ndarray, size: int) -> np.ndarray:
-    policy_N = np.asarray(policy_N, np.float64)
-    is_good = policy_N.shape == (size,) and (policy_N > 0).all()
-    if not is_good or abs(policy_N.sum() - 1) > 1e-6:
-        raise UserError(
-            f"{name} must be {size} probabilities above 0 that sum to 1, got {policy_N}"
-        )
-    return policy_N

@@ -3,6 +3,7 @@
 
     nlhf games solve   GAME   its equilibria, with and without regularisation
     nlhf games compare GAME   how near the algorithms come, step by step
+    nlhf games sweep   GAME   how near one of them comes under many settings
     nlhf games analyze GAME   rankings, cycles, what no score can say
 
 GAME is a name (`nlhf games list`) or a file of win rates, .csv or .json.
@@ -21,7 +22,7 @@ from nlhf_jax.games import cycles, rankings, solutions
 from nlhf_jax.games.catalogue import NAMED, find_game
 from nlhf_jax.games.nash import solve_nash
 from nlhf_jax.games.win_tables import FILLS, WinTable
-from nlhf_jax.jobs import folders
+from nlhf_jax.jobs import folders, game_sweeps
 
 DEFAULT_TAU, LARGEST_TAU = 0.1, 1e6
 MOST_NUMBERS = 10**8  # policies of all steps are kept
@@ -88,10 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "analyze":
             command.add_argument("--alpha", type=float, default=10.0, help="alpha-rank")
             continue
-        command.add_argument("--tau", type=float, default=DEFAULT_TAU, help="of the KL")
         command.add_argument(
             "--reference", default="uniform", help="mu: uniform, or p1,p2,..."
         )
+        if name == "sweep":
+            game_sweeps.add_flags(command, DEFAULT_TAU)
+            continue
+        command.add_argument("--tau", type=float, default=DEFAULT_TAU, help="of the KL")
         if name == "compare":
             command.add_argument("--methods", default=COMPARED, help=_method_names())
             command.add_argument("--steps", type=int, default=1000)
@@ -264,6 +268,34 @@ def _plot(target, table: WinTable, runs: dict[str, Run], bounds, nash_N) -> None
     plots.save_png(figure, target)
 
 
+def sweep(table: WinTable, options: argparse.Namespace) -> Answer:
+    """Gaps of one algorithm under many taus and step sizes at once."""
+    reference_N = read_reference(options.reference, table.names)
+    runs = game_sweeps.run_all(table, options, reference_N)
+    found = {
+        "names": list(table.names),
+        "reference": reference_N.tolist(),
+        "method": options.method,
+        "steps": options.steps,
+        "runs": runs,
+    }
+
+    def show() -> None:
+        rows = [
+            (
+                f"{run['tau']:g}",
+                "usual" if run["step_size"] is None else f"{run['step_size']:g}",
+                f"{max(run['gap'], 0):.3g}",
+                f"{max(run['exploitability'], 0):.3g}",
+            )
+            for run in runs
+        ]
+        print_table(("tau", "step size", "gap at tau", "exploitability"), rows)
+        print(f"{options.method}, after {options.steps} steps")
+
+    return found, show
+
+
 def analyze(table: WinTable, options: argparse.Namespace) -> Answer:
     """Rankings, cycles, and what no score can say."""
     preference_NN = table.preference_NN
@@ -321,6 +353,7 @@ def analyze(table: WinTable, options: argparse.Namespace) -> Answer:
 COMMANDS: dict[str, Callable[[WinTable, argparse.Namespace], Answer]] = {
     "solve": solve,
     "compare": compare,
+    "sweep": sweep,
     "analyze": analyze,
 }
 
