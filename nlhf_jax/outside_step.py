@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from nlhf_jax import guards
+from nlhf_jax.loss_gradient import Metrics
 from nlhf_jax.optimizers import split_microbatches
-from nlhf_jax.train_step import Metrics, measured, rollout, update
+from nlhf_jax.train_step import measured, rollout, update
 from nlhf_jax.types import (
     Algorithm,
     Feedback,

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import losses, selection, train_step
+from nlhf_jax import loss_gradient, losses, selection, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.checks import UserError
 from nlhf_jax.evaluation import exact
@@ -545,7 +545,7 @@ def test_the_effective_share_is_the_formula(float64):
         {POLICY: jnp.log(jnp.array([[0.4], [0.1]]))},
         jnp.log(jnp.array([[0.2], [0.2]])),
     )
-    moments = train_step._weight_moments((sample,), POLICY)
+    moments = loss_gradient._weight_moments((sample,), POLICY)
     found = train_step._with_effective_share({k: v.mean() for k, v in moments.items()})
     assert float(found["policy/effective_share"]) == pytest.approx(25 / 34, abs=EXACT)
 

@@ -73,6 +73,7 @@ LAYERS = (
     ),
     (3, {"flops": ()}),
     (4, {"algorithms": (), "collapse": (), "guards": ()}),
+    (4, {"loss_gradient": ()}),
     (5, {"train_step": ("optax",), "supervised_step": ("optax",)}),
     (5, {"outside_step": ("optax",)}),
     (

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import train_step
+from nlhf_jax import loss_gradient, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.evaluation import exact
 from nlhf_jax.games import matrices, solutions
@@ -76,7 +76,7 @@ def test_sampled_gradients_average_to_the_exact_one(row):
             model, algorithm, sets, prompts, key, jnp.zeros((), int), max_length=LENGTH
         )
         examples = train_step.judged(algorithm, judge, {}, prompts, drawn.samples)
-        return train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
+        return loss_gradient.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
 
     keys = jax.random.split(jax.random.key(0), 400)
     found = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys))(keys)["table"])
@@ -152,7 +152,7 @@ def test_decode_and_teacher_forcing_agree_on_responses_that_end(float64):
     algorithm = ALGORITHMS["self_play"](tau=TAU)
     prompts = tabular.empty_prompts(64)
     drawn, responses = draw(algorithm, sets, prompts, seed=0)
-    (scored,) = train_step.scored_samples(
+    (scored,) = loss_gradient.scored_samples(
         model, algorithm, sets[POLICY], sets, prompts, drawn.samples
     )
     np.testing.assert_allclose(
@@ -205,7 +205,7 @@ def test_what_follows_the_end_has_no_gradient():
     judge = table_judge(model, matrices.random_game(rng, 15), rng.normal(size=15))
     feedback = train_step.score(algorithm, judge, {}, prompts, responses)
     examples = (prompts, drawn.samples, feedback)
-    table = train_step.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
+    table = loss_gradient.gradient(model, algorithm, sets[POLICY], sets, examples)[0]
     table = np.asarray(table["table"])
     # Rows of prefixes: after "2"; after "00" to "22", those with a 2 at either place.
     assert (table[1, END] == 0).all()

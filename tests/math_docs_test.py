@@ -59,6 +59,7 @@ def test_text_refers_to_equations_that_are_there():
         "losses.py",
         "mixture.py",
         "decoding.py",
+        "loss_gradient.py",
         "train_step.py",
         *(f"algorithms/{name}.py" for name in sorted(ONE_EACH)),
         "preferences/pairwise.py",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nlhf_jax import partitioning, supervised_step, train_step
+from nlhf_jax import loss_gradient, partitioning, supervised_step, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.jobs import runs
 from nlhf_jax.models.t5 import t5_language_model
@@ -287,7 +287,7 @@ def collectives_of_the_gradient():
 
     def compute(params, reference, examples):
         constants = {REFERENCE: reference}
-        return train_step.gradient(
+        return loss_gradient.gradient(
             model, algorithm, params, constants, examples, num_microbatches=2
         )
 

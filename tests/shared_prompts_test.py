@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlhf_jax import train_step
+from nlhf_jax import loss_gradient
 from nlhf_jax.algorithms import ipo_md
 from nlhf_jax.decoding import sample
 from nlhf_jax.models import shared_prompts
@@ -196,7 +196,7 @@ def test_a_pair_of_samples_is_scored_in_one_pass_over_the_prompts():
 
     def scored(network):
         return jax.jit(
-            lambda sets: train_step.scored_samples(
+            lambda sets: loss_gradient.scored_samples(
                 network, algorithm, sets["params"], sets, prompts, drawn
             )
         )(sets)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nlhf_jax import train_step
+from nlhf_jax import loss_gradient, train_step
 from nlhf_jax.games import matrices, solutions
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
@@ -106,7 +106,7 @@ def test_microbatches_give_the_gradient_of_the_whole(row, float64):
         (whole, whole_metrics), (cut, cut_metrics) = (
             jax.jit(
                 functools.partial(
-                    train_step.gradient, model, part, num_microbatches=number
+                    loss_gradient.gradient, model, part, num_microbatches=number
                 )
             )(sets[part.trains], sets, examples)
             for number in (1, 4)

@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from nlhf_jax.checks import UserError
+from nlhf_jax.loss_gradient import scored_samples
 from nlhf_jax.models import tabular
 from nlhf_jax.preferences.tables import table_judge
-from nlhf_jax.train_step import judged, scored_samples
+from nlhf_jax.train_step import judged
 from nlhf_jax.types import (
     POLICY,
     Algorithm,
