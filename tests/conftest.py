@@ -2,12 +2,18 @@
 """Test-wide settings; the environment is set before anything imports jax."""
 
 import os
+import pathlib
 import signal
 
 # Without it XLA's CPU client deadlocks on fake devices when there are two cores.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What is compiled once serves all tests, the processes they start, and the next run.
+_PROGRAMS = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # A shell that starts the tests in the background has Ctrl-C ignored; they send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
