@@ -14,8 +14,6 @@ import tempfile
 import warnings
 from typing import NamedTuple
 
-import jax
-
 from nlhf_jax.checks import check_choice
 
 SWITCH = "NLHF_COMPILATION_CACHE"
@@ -76,6 +74,8 @@ def enable() -> None:
     Raises:
       UserError: the variable says neither on nor off.
     """
+    import jax  # the command line says its help without
+
     if check_choice(SWITCH, os.environ.get(SWITCH) or "on", ("on", "off")) == "off":
         jax.config.update("jax_compilation_cache_dir", None)
         return
@@ -134,6 +134,8 @@ def prune(place: pathlib.Path, most_bytes: int) -> None:
 
 def _count() -> None:
     """Listens, from now on and once, to what JAX tells of its cache."""
+    import jax
+
     global _is_counting
     if _is_counting:
         return
