@@ -32,7 +32,7 @@ from nlhf_jax.preferences.inputs import pairwise_template
 from nlhf_jax.preferences.judges import learned_judge
 from nlhf_jax.preferences.pairwise import pairwise_preference_model
 from nlhf_jax.settings import OptimizerSettings, T5Settings
-from nlhf_jax.types import POLICY, REFERENCE, LanguageModel, PromptBatch
+from nlhf_jax.types import POLICY, REFERENCE, PromptBatch
 
 NEVER = -1  # an end token that no logit belongs to
 
@@ -84,19 +84,12 @@ class Bench:
         )
         self.key = jax.random.key(1)
 
-    def decode(
-        self,
-        name: str,
-        speakers: Sequence[Any],
-        max_length: int,
-        model: LanguageModel | None = None,
-    ) -> Counted:
+    def decode(self, name: str, speakers: Sequence[Any], max_length: int) -> Counted:
         """Returns (param_sets, prompts, key) -> rollout of the speakers, compiled."""
-        model = model or self.model
 
         def run(param_sets, prompts, key):
             return decoding.sample(
-                model, param_sets, speakers, prompts, key, max_length=max_length
+                self.model, param_sets, speakers, prompts, key, max_length=max_length
             )
 
         return Counted(name, run)
@@ -157,14 +150,14 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
         "mixture": bench.decode("mixture", (bench.mixture_speaker,), length),
         "twice_as_long": bench.decode("twice_as_long", both, 2 * length),
         "gumbel": bench.decode("gumbel", both, length),
-        "repeated": bench.decode(
-            "repeated", both, length, bench.model._replace(share=None)
-        ),
+        "shared": bench.decode("shared", both, length),
     }
     args = bench.decode_args()
     with mock.patch.object(decoding, "draw", gumbel_draw):
         # The draw is chosen when the function is traced, in its first call.
         decodes["gumbel"](*args)
+    with mock.patch.object(decoding, "platform", lambda: "any that shares"):
+        decodes["shared"](*args)
     drawn = {name: decode(*args) for name, decode in decodes.items()}
     samples = drawn["fused"].samples
     responses = tuple(one.responses for one in samples)
@@ -204,7 +197,7 @@ def figures(seconds: dict[str, list[float]], length: int) -> list[Figure]:
         ),
         (f"{2 * length} tokens / {length} tokens", ["twice_as_long"], ["fused"], 2.2),
         ("decode, inverse-CDF / Gumbel", ["fused"], ["gumbel"], None),
-        ("a prompt's keys once / for each row", ["fused"], ["repeated"], None),
+        ("a prompt's keys once / as by default", ["shared"], ["fused"], None),
     )
     return [
         Figure.of(name, seconds, above, below, goal)

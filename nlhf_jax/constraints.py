@@ -60,6 +60,12 @@ def _gather_backward(split, whole, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def platform() -> str:
+    """Returns what is compiled for: the mesh's platform, or else the backend's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def per_device(
     fn: Callable[..., Array],
     arguments: Sequence[LogicalAxes],

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nlhf_jax import mixture
+from nlhf_jax.constraints import platform
 from nlhf_jax.sequences import response_mask
 from nlhf_jax.types import (
     Cache,
@@ -214,7 +215,7 @@ def _begin(model, readers, speakers, prompts, max_length):
         start_R, cache = model.prefill(reader.params, read, max_length)
         start_B = start_R.reshape(batch, -1)[:, 0]
         numbers = [number for _, number, _ in reader.slots]
-        if model.share is not None and reader.num_sets == 1 < len(numbers):
+        if _shares(model) and reader.num_sets == 1 < len(numbers):
             caches.append(model.share(cache, len(numbers)))
         else:
             caches.append(_gather(cache, numbers, reader.num_sets))
@@ -230,6 +231,14 @@ def _begin(model, readers, speakers, prompts, max_length):
         for speaker in speakers
     )
     return rows, tuple(caches)
+
+
+def _shares(model: LanguageModel) -> bool:
+    """Whether a prompt's rows read one cache of it: where reading is what takes time.
+
+    A CPU has its caches for that: there one copy took as long as one for each row.
+    """
+    return model.share is not None and platform() != "cpu"
 
 
 def _gather(rows: Cache, numbers: Sequence[int], each: int) -> Cache:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlhf_jax import loss_gradient
+from nlhf_jax import decoding, loss_gradient
 from nlhf_jax.algorithms import ipo_md
 from nlhf_jax.decoding import sample
 from nlhf_jax.models import shared_prompts
@@ -97,8 +97,9 @@ def test_the_prompts_keys_stand_once(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_rollout_is_that_of_repeated_rows(name):
+def test_a_rollout_is_that_of_repeated_rows(name, monkeypatch):
     """Policy twice, and a mixture whose other set reads the prompt for one row."""
+    monkeypatch.setattr(decoding, "platform", lambda: "tpu")
     model, params = model_of(name)
     other = jax.tree.map(lambda leaf: 0.9 * leaf, params)
     speakers = (
@@ -116,13 +117,40 @@ def test_a_rollout_is_that_of_repeated_rows(name):
             )
         )(sets)
 
-    ours, theirs = drawn(model), drawn(model._replace(share=None))
+    asked = []
+
+    def share(cache, each):
+        asked.append(each)
+        return model.share(cache, each)
+
+    ours, theirs = drawn(model._replace(share=share)), drawn(model._replace(share=None))
+    assert asked == [3]  # the reference speaks once
     for one, two in zip(ours.samples, theirs.samples, strict=True):
         np.testing.assert_array_equal(one.responses.tokens_BT, two.responses.tokens_BT)
         for name in one.log_probs:
             np.testing.assert_allclose(
                 one.log_probs[name], two.log_probs[name], atol=1e-5
             )
+
+
+def test_on_a_cpu_rows_are_repeated():
+    """There one copy of a prompt's keys was measured to save nothing."""
+    model, params = model_of("llama_3")
+
+    def refuse(cache, each):
+        raise AssertionError
+
+    jax.eval_shape(
+        lambda params: sample(
+            model._replace(share=refuse),
+            {"params": params},
+            (Speaker({"params": 1.0}),) * 2,
+            decoder_only_toys.random_prompts(),
+            jax.random.key(0),
+            max_length=2,
+        ),
+        params,
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

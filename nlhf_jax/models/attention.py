@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nlhf_jax.constraints import per_device
+from nlhf_jax.constraints import per_device, platform
 from nlhf_jax.models.unembedding import soft_capped
 from nlhf_jax.settings import MemorySettings
 
@@ -139,12 +139,6 @@ def _chunked(
     found = jnp.moveaxis(jax.lax.map(one, parts), 0, 3)
     shape = (*query_BGUQK.shape[:3], num_chunks * chunk, query_BGUQK.shape[4])
     return found.reshape(shape)[:, :, :, :length]
-
-
-def platform() -> str:
-    """Returns what is compiled for: the mesh's platform, or else the backend's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _kernel(
