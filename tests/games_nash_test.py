@@ -234,13 +234,13 @@ def test_random_games_have_scipys_value_and_no_exploitability(size):
             max_size=size * size,
         )
     ),
-    st.sampled_from([1e-6, 1e-3, 0.1]),
+    st.sampled_from([2.0**-20, 2.0**-10, 2.0**-4]),  # so that ties are exact
 )
 def test_any_table_has_an_equilibrium(entries, scale):
     size = round(len(entries) ** 0.5)
     game = game_of(scale * np.reshape(entries, (size, size)))
     found = nash.solve_nash(game)
-    check_equilibrium(game, found.policy_N, 1e-10 * scale)
+    check_equilibrium(game, found.policy_N, 1e-15 + 1e-10 * scale)
     known, _ = by_linear_program(game)
     if found.is_unique:
         np.testing.assert_allclose(found.policy_N, known, rtol=0, atol=1e-6)
@@ -413,15 +413,30 @@ def test_only_the_right_support_is_taken(support):
     game = np.full((5, 5), 0.0)
     game[:3, :3] = matrices.skew()
     game[:3, 3:], game[3:, 3:] = 1.0, [[0.5, 0.6], [0.4, 0.5]]
-    found = nash._only_one(game - 0.5, np.array(support))
+    found = nash._only_one(game - 0.5, np.array(support), 1e-11)
     if support != [0, 1, 2]:
         assert found is None
     else:
         np.testing.assert_allclose(found, [1 / 6, 1 / 2, 1 / 3, 0, 0], atol=1e-15)
 
 
+def test_ties_that_only_rounding_breaks_are_ties():
+    # A cycle and an action that ties with it, with margins of which 1/2 leaves ten
+    # digits: 0.5 + 4e-6 is not 4e-6 above 0.5.
+    game = np.full((4, 4), 0.5)
+    game[:3, :3] = matrices.cyclic(4e-6, 1e-6, 2e-6)
+    game = 0.5 + (game - game.T) / 2
+    game[0, 3] += 1e-16
+    found = nash.solve_nash(game)
+    assert not found.is_unique
+    cycle = np.array([1, 2, 4]) / 7
+    odds = np.exp(entropy(cycle))
+    known = np.append(cycle * odds, 1) / (1 + odds)
+    np.testing.assert_allclose(found.policy_N, known, rtol=0, atol=1e-8)
+
+
 def test_a_support_with_a_tie_outside_is_not_called_the_only_one():
     # The fourth ties with the whole cycle: it may be played too.
     game = np.full((4, 4), 0.5)
     game[:3, :3] = matrices.rock_paper_scissors()
-    assert nash._only_one(game - 0.5, np.arange(3)) is None
+    assert nash._only_one(game - 0.5, np.arange(3), 1e-11) is None

@@ -98,14 +98,18 @@ def series(
       num_terms: K.
     """
     policy_N, slack_N, gap = point[:3]
-    falls = (1 - centring) * gap
+    falls, slope_N = (1 - centring) * gap, slack_N / policy_N
     right_N = centring * gap / policy_N.shape[0] / policy_N - slack_N + falls
     policies, slacks = [], []
     for _ in range(num_terms):
         change_N = solve(right_N)
+        # The system says what A times it is. A product would read all of A, and small
+        # ones on all cores wait for each other on a busy machine.
+        wins_N = slope_N * change_N - right_N
         # The sum is 0 but for rounding, which would add up.
-        policies.append(change_N - change_N.sum() * policy_N)
-        slacks.append(-falls - margin_NN @ policies[-1])
+        excess = change_N.sum()
+        policies.append(change_N - excess * policy_N)
+        slacks.append(excess * (gap - slack_N) - wins_N - falls)
         falls = 0.0  # the gap is linear in u
         if len(policies) < num_terms:
             pairs = zip(policies, reversed(slacks), strict=True)

@@ -22,12 +22,12 @@ from nlhf_jax.games.solutions import Policy
 
 # All in units of the largest margin.
 SETTLED = 1e-5  # gap from which on it is worth asking who is played
-CERTAIN = 1e-11  # weights and losses of less may be 0
+RESOLUTION = 1e-12  # singular values below it are 0, unless digits say less
+CERTAIN = 10  # weights and losses of fewer resolutions may be 0
 CONDITION = 1e-13  # reciprocal, below which ties do not say which policy
-RANK = 1e-12  # singular values below this are 0
 MOST_STEPS = 200  # towards the largest entropy
 LAST_RATE = 1e-7  # of the last of them; what is left after it is its square
-LEAST_PRODUCT = 1e-10  # of a loss and its multiplier; rounding rules below
+LEAST_PRODUCT = 1e-11  # of a loss and its multiplier; rounding rules below
 SHRINKS = 0.1  # what a step towards the largest entropy leaves of the bounds' products
 
 
@@ -48,14 +48,18 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
       UserError: no preference matrix.
     """
     margin_NN, size = _margins(preference_NN), len(preference_NN)
+    # The digits that 1/2 leaves to small margins.
+    digits = np.finfo(float).eps / np.abs(preference_NN - 0.5).max(initial=1e-300)
+    resolution = max(RESOLUTION, 4 * digits)
     if not margin_NN.any():
         return Equilibrium(np.full(size, 1 / size), size == 1)
     for point in central_path.follow(margin_NN):
         if point.gap < SETTLED:
-            policy_N = _only_one(margin_NN, np.flatnonzero(point.is_played_N))
+            support_K = np.flatnonzero(point.is_played_N)
+            policy_N = _only_one(margin_NN, support_K, CERTAIN * resolution)
             if policy_N is not None:
                 return Equilibrium(policy_N, True)
-    return _of_several(margin_NN, point)
+    return _of_several(margin_NN, point, resolution)
 
 
 def nash(preference_NN: Matrix) -> Policy:
@@ -96,12 +100,14 @@ def _margins(preference_NN: Matrix) -> Matrix:
     return margin_NN / largest if largest else margin_NN
 
 
-def _only_one(margin_NN: Matrix, support_K: np.ndarray) -> Policy | None:
+def _only_one(
+    margin_NN: Matrix, support_K: np.ndarray, certain: float
+) -> Policy | None:
     """Returns the equilibrium of this support if it is the only equilibrium there is.
 
     All of the support tie: one bordered system; docs/math.md (62). It has a solution
-    only for an odd support. If all its weights are positive and every other action
-    loses, no other policy is an equilibrium.
+    only for an odd support. If all its weights and all losses of the other actions are
+    above `certain`, no other policy is an equilibrium.
     """
     size = len(support_K)
     if size % 2 == 0:
@@ -119,20 +125,22 @@ def _only_one(margin_NN: Matrix, support_K: np.ndarray) -> Policy | None:
     policy_N[support_K] = weight_K / weight_K.sum()
     loss_N = -margin_NN @ policy_N
     loss_N[support_K] = np.inf
-    is_only = weight_K.min() > CERTAIN and loss_N.min() > CERTAIN
+    is_only = weight_K.min() > certain and loss_N.min() > certain
     return policy_N if is_only else None
 
 
-def _of_several(margin_NN: Matrix, point: central_path.Point) -> Equilibrium:
+def _of_several(
+    margin_NN: Matrix, point: central_path.Point, resolution: float
+) -> Equilibrium:
     """Returns the equilibrium of largest entropy with the support of `point`.
 
     Equilibria have weights on the support alone and let all of it tie, so they differ
     by the null space of its margins; docs/math.md (63).
     """
-    is_played_N = point.is_played_N
+    is_played_N = point.is_played_N | (point.slack_N < CERTAIN * resolution)
     inner_KK = margin_NN[np.ix_(is_played_N, is_played_N)]
     _, singular_K, row_KK = np.linalg.svd(inner_KK)
-    basis_DK = row_KK[singular_K <= RANK]
+    basis_DK = row_KK[singular_K <= resolution]
     wins_LD = margin_NN[np.ix_(~is_played_N, is_played_N)] @ basis_DK.T
     centre_D = basis_DK @ point.policy_N[is_played_N]
     policy_N = np.array(point.policy_N)
@@ -165,7 +173,8 @@ def _most_entropy(
     system = np.zeros((size + 1, size + 1))
     system[:size, size] = system[size, :size] = total_D
     for _ in range(MOST_STEPS):
-        target = SHRINKS * (multiplier_L @ loss_L) / max(len(loss_L), 1)
+        product = (multiplier_L @ loss_L) / max(len(loss_L), 1)
+        target = max(SHRINKS * product, LEAST_PRODUCT)
         system[:size, :size] = (basis_DK / weight_K) @ basis_DK.T
         system[:size, :size] += (wins_LD.T * (multiplier_L / loss_L)) @ wins_LD
         slope_D = -basis_DK @ np.log(weight_K) - wins_LD.T @ (target / loss_L)
@@ -179,7 +188,7 @@ def _most_entropy(
             loss_L * (1 + share * rate_L),
         )
         multiplier_L = multiplier_L * (1 + _inside(rise_L) * rise_L)
-        if np.abs(rate_K).max() < LAST_RATE and target < LEAST_PRODUCT:
+        if np.abs(rate_K).max() < LAST_RATE and target <= LEAST_PRODUCT:
             break
     return weight_K / weight_K.sum()
 
