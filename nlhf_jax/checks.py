@@ -3,6 +3,7 @@
 
 import difflib
 import math
+import pathlib
 from collections.abc import Iterable, Sequence
 
 
@@ -48,6 +49,22 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> str:
             f"{nearest(str(value), known)}"
         )
     return value
+
+
+def expanded(name: str, path: str | pathlib.Path) -> pathlib.Path:
+    """Returns a path whose `~` or `~user` is the home folder.
+
+    Args:
+      name: of the flag or setting, for a sentence.
+      path: as the user wrote it.
+
+    Raises:
+      UserError: there is no such user.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no home folder for {str(path)!r}") from None
 
 
 def check_local_folder(name: str, folder: str) -> str:

@@ -4,7 +4,7 @@
 import dataclasses
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.settings import LARGEST_LAYERS, T5Settings
 
 ACTIVATIONS = ("gelu", "gelu_exact", "silu")
 ROPE_SCALINGS = ("none", "linear", "llama3")
@@ -103,6 +103,7 @@ class DecoderOnlySettings:
             "rope_original_length",
         ):
             check_integer(name, getattr(self, name), 1)
+        check_range("num_layers", self.num_layers, 1, LARGEST_LAYERS)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_range("norm_epsilon", self.norm_epsilon, 0.0, low_open=True)

@@ -6,7 +6,7 @@ caller divides by a total weight, so that a mean does not depend on M.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ from nlhf_jax.settings import OptimizerSettings
 from nlhf_jax.types import Params, Schedule
 
 ADAM_DECAYS = (0.9, 0.999)
+# Optimiser -> what its state averages of the gradients: trees like the parameters'.
+SLOTS = {"adafactor": ("v_row", "v_col", "v"), "adamw": ("mu", "nu")}
+SMALLEST_FACTORED = 128  # sides of the matrices that Adafactor factors
 
 
 def learning_rate_schedule(settings: OptimizerSettings, train_steps: int) -> Schedule:
@@ -77,7 +80,9 @@ def make_optimizer(
     if settings.name == "adamw":
         parts.append(optax.scale_by_adam(*ADAM_DECAYS))
     else:
-        parts.append(optax.scale_by_factored_rms())
+        parts.append(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=SMALLEST_FACTORED)
+        )
         parts.append(optax.clip_by_block_rms(1.0))
         if settings.multiply_by_parameter_scale:
             parts.append(optax.scale_by_param_block_rms())
@@ -85,6 +90,48 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(settings.weight_decay))
     schedule = learning_rate_schedule(settings, train_steps)
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def is_factored(shape: tuple[int, ...]) -> bool:
+    """Returns whether Adafactor keeps two means of a matrix, and not all of it."""
+    return len(shape) == 2 and min(shape) >= SMALLEST_FACTORED
+
+
+def row_axis(shape: tuple[int, ...]) -> int:
+    """Returns which axis of a factored matrix `v_row` has: the shorter, or the first.
+
+    `v_row` is the mean over the other axis, and `v_col` the mean over this one.
+    """
+    return 0 if shape[0] <= shape[1] else 1
+
+
+def slots_of(opt_state: PyTree) -> tuple[str, PyTree]:
+    """Returns an optimiser's name, and the part of its state that has slots.
+
+    Args:
+      opt_state: of a chain as `make_optimizer` makes it, or its shapes.
+    """
+    for part in opt_state:
+        for name, slots in SLOTS.items():
+            if set(slots) <= set(getattr(part, "_fields", ())):
+                return name, part
+    raise ValueError(f"no part of {type(opt_state).__name__} has slots")
+
+
+def with_slots(
+    opt_state: PyTree, count: jax.Array, slots: Mapping[str, PyTree]
+) -> PyTree:
+    """Returns a state that goes on from other averages; the rate's schedule begins.
+
+    Args:
+      opt_state: as it is before the first update.
+      count: updates that made the averages: an optimiser's decay and its correction of
+        the first averages follow it.
+      slots: a tree for each slot of `slots_of`.
+    """
+    _, mine = slots_of(opt_state)
+    new = mine._replace(count=count, **slots)
+    return tuple(new if part is mine else part for part in opt_state)
 
 
 def split_microbatches(batch: PyTree, num_microbatches: int) -> PyTree:

@@ -14,6 +14,8 @@ from nlhf_jax.checks import (
 
 ATTENTIONS = ("plain", "recomputed", "chunked", "automatic")
 
+LARGEST_LAYERS = 1000  # of a stack; the largest public models have a tenth of it
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Settings:
@@ -58,6 +60,8 @@ class T5Settings:
             "num_decoder_layers",
         ):
             check_integer(name, getattr(self, name), 1)
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            check_range(name, getattr(self, name), 1, LARGEST_LAYERS)
         check_range("dropout_rate", self.dropout_rate, 0.0, 1.0, high_open=True)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         for activation in self.mlp_activations:

@@ -256,6 +256,32 @@ def read_stored_array(step_folder: pathlib.Path, name: str, leaf: Any) -> np.nda
     return found
 
 
+def read_stored_leaf(
+    step_folder: pathlib.Path, stored: dict[str, Any], name: str
+) -> np.ndarray:
+    """Returns one array of a stored state, and reads no other.
+
+    Args:
+      step_folder: of the step.
+      stored: what `stored_arrays` says of it.
+      name: the array's path, `a/0/b`.
+    """
+
+    def only(path: Any, leaf: Any) -> Any:
+        named = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf if named == name else ocp.PLACEHOLDER
+
+    wanted = jax.tree_util.tree_map_with_path(only, stored)
+    restore_args = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(restore_type=np.ndarray), wanted
+    )
+    found = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(step_folder / STATE),
+        args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args),
+    )
+    return names_of(found)[name]
+
+
 def _read_params(
     source: pathlib.Path, like: Params | None, shardings: PyTree | None = None
 ) -> dict[str, Any]:

@@ -256,3 +256,17 @@ def test_no_two_parameters_have_one_name(name):
     settings = conversion_toys.SHAPES[name]
     paths = flat(parameter_shapes(settings))
     assert len({their_name(path, settings) for path in paths}) == len(paths)
+
+
+@pytest.mark.parametrize("layers", [1001, 10**9])
+def test_a_depth_that_no_model_has_is_refused_at_once(layers):
+    """Names of so many layers would be made for minutes."""
+    config = conversion_test.config_of("gemma_2") | {"num_hidden_layers": layers}
+    config.pop("layer_types", None)
+    said = rf"num_hidden_layers must be in \[1, 1000\], got {layers}"
+    with pytest.raises(UserError, match=said):
+        settings_from_config(config)
+    with pytest.raises(UserError, match=r"num_layers must be in \[1, 1000\]"):
+        SMALL_DECODER(num_layers=layers)
+    with pytest.raises(UserError, match=r"num_decoder_layers must be in \[1, 1000\]"):
+        SMALL_T5(num_decoder_layers=layers)

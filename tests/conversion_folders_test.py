@@ -123,6 +123,22 @@ def test_what_goes_along_goes_along(llama, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, is_said",
+    [
+        ('{"eos_token_id": [1, 5]}', True),
+        ('{"eos_token_id": [1]}', False),
+        ('{"eos_token_id": 1}', False),
+        ("no JSON", False),
+    ],
+)
+def test_ends_that_are_none_here_are_said(whole, tmp_path, caplog, text, is_said):
+    (whole / "generation_config.json").write_text(text)
+    assert imported(whole, tmp_path / "ours") == 0
+    said = "ends a response with any of [1, 5]; here id 1 alone does"
+    assert (said in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(
     "said, written",
     [
         ([9, 1], {"eos_token_id": [9, 1], "pad_token_id": None}),
@@ -599,14 +615,14 @@ def test_a_check_without_the_libraries_is_refused_first(
         assert "nlhf_jax[hf]" in sentence
 
 
-def test_a_judge_is_not_exported(tmp_path, capsys):
+def test_a_judge_without_parameters_is_not_exported(tmp_path, capsys):
     description = folders.ModelDescription(
         "preference", SHAPES["t5_1_1"], {"inputs": 5, "targets": 3}
     )
     folders.describe(tmp_path / "judge", description, "byte")
     code = exported(tmp_path / "judge", tmp_path / "theirs")
     sentence = refused(capsys, tmp_path / "theirs", code)
-    assert "must hold a language_model model, got a preference model" in sentence
+    assert "no checkpoint in" in sentence
 
 
 def test_ours_again_in_another_dtype(llama, tmp_path):

@@ -246,3 +246,12 @@ def test_tldr_line_that_is_wrong_is_named(tmp_path, change, expected):
         tldr.comparison_splits(_settings(tmp_path))
     assert str(error.value).startswith(f"{tmp_path / 'batch3.json'} line 2: ")
     assert expected in str(error.value)
+
+
+def test_a_home_folder_that_is_nobodys_is_one_sentence():
+    said = "data_dir: there is no home folder for '~no_such_user/x'"
+    with pytest.raises(UserError, match=said):
+        tldr.read_comparisons("~no_such_user/x")
+    settings = DataSettings("debian", LENGTHS, data_dir="~no_such_user/x")
+    with pytest.raises(UserError, match=said):
+        debian._corpus_path(settings)

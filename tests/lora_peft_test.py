@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nlhf_jax.checks import UserError
+from nlhf_jax.conversion import agreement, hugging_face_folders, safetensors_files
 from nlhf_jax.conversion import peft as ours
-from nlhf_jax.conversion import safetensors_files
 from nlhf_jax.conversion.hugging_face import to_hugging_face
 from nlhf_jax.conversion.shapes import flat
 from nlhf_jax.conversion.tensors import Weights, cast, of_array
@@ -331,3 +331,65 @@ def test_ours_loads_pefts_and_says_the_same(tmp_path):
     assert lora == LoraSettings(rank=4, alpha=8.0, targets=("key", "wi_0"))
     found = our_logits(lora, jax.tree.map(jnp.asarray, on))
     np.testing.assert_allclose(found, their_logits(made), rtol=0, atol=1e-4)
+
+
+# --- peft itself, on a T5
+
+
+def their_t5(folder):
+    """Returns transformers' T5 1.1 with our base's numbers, as it loads our export."""
+    pytest.importorskip("torch", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    tensors = {path: of_array(array) for path, array in flat(base_of(T5)).items()}
+    folder.mkdir()
+    options = {"max_positions": 16, "shard_bytes": 1 << 30}
+    whole = Weights(T5, tensors, vocabulary="byte")
+    hugging_face_folders.write_folder(folder, whole, options)
+    return agreement.load_theirs(folder)
+
+
+def t5_logits(network):
+    """Their logits after each token of a response, given a prompt of two tokens."""
+    import torch
+
+    prompt, response = TOKENS[:, :2], TOKENS[:, 2:]
+    shifted = np.concatenate([np.zeros((1, 1), int), response[:, :-1]], axis=1)
+    with torch.no_grad():
+        found = network(
+            input_ids=torch.tensor(prompt), decoder_input_ids=torch.tensor(shifted)
+        )
+    return found.logits[0].numpy()
+
+
+def our_t5_logits(lora, on):
+    prompts = PromptBatch(jnp.asarray(TOKENS[:, :2]), jnp.ones((1, 2), bool))
+    base = jax.tree.map(jnp.asarray, base_of(T5))
+    model = lora_of.with_base(language_model(T5), base, lora)
+    on = jax.tree.map(jnp.asarray, on)
+    response = jnp.asarray(TOKENS[:, 2:])
+    return np.asarray(jax.jit(model.logits)(on, prompts, response))[0]
+
+
+def test_on_a_t5_peft_and_ours_load_each_other(tmp_path):
+    network = their_t5(tmp_path / "base")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import torch
+
+    on, without = adapters_of(T5, LORA), t5_logits(network)
+    ours.write_adapter(tmp_path / "ours", LORA, on, T5)
+    loaded = peft.PeftModel.from_pretrained(network, str(tmp_path / "ours"))
+    found = t5_logits(loaded)
+    np.testing.assert_allclose(our_t5_logits(LORA, {}), without, rtol=0, atol=1e-4)
+    assert abs(found - without).max() > 1e-2
+    np.testing.assert_allclose(our_t5_logits(LORA, on), found, rtol=0, atol=1e-4)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["k", "wi_1"])
+    made = peft.get_peft_model(their_t5(tmp_path / "again"), config).eval()
+    torch.manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    made.save_pretrained(str(tmp_path / "theirs"))
+    lora, on = ours.read_adapter(tmp_path / "theirs", T5)
+    assert lora == LoraSettings(rank=4, alpha=8.0, targets=("key", "wi_1"))
+    found = our_t5_logits(lora, on)
+    np.testing.assert_allclose(found, t5_logits(made), rtol=0, atol=1e-4)

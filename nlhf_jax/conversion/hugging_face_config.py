@@ -10,6 +10,7 @@ from typing import Any
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
 from nlhf_jax.decoder_settings import DecoderOnlySettings
+from nlhf_jax.settings import LARGEST_LAYERS
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 GEMMA = {"norm_plus_one": True, "scale_embedding": True}
@@ -87,6 +88,8 @@ def settings_from_config(
             raise UserError(f"config.json must have the key {key!r}, got none")
     if config.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention must be false, got true")
+    layers = check_integer("num_hidden_layers", config["num_hidden_layers"], 1)
+    check_range("num_hidden_layers", layers, 1, LARGEST_LAYERS)
     heads = check_integer("num_attention_heads", config["num_attention_heads"], 1)
     epsilon = check_range("rms_norm_eps", config["rms_norm_eps"], 0, high_open=True)
     bias = bool(config.get("attention_bias", False))

@@ -16,7 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.conversion import hugging_face, hugging_face_tokenizers, t5_config
+from nlhf_jax.conversion import (
+    hugging_face,
+    hugging_face_judges,
+    hugging_face_tokenizers,
+    t5_config,
+)
 from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.hugging_face_config import FAMILIES, settings_from_config
 from nlhf_jax.conversion.hugging_face_writing import config_of, plain
@@ -149,7 +154,8 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
 
     Args:
       folder: empty.
-      weights: of a T5 or a decoder-only model.
+      weights: of a T5 or a decoder-only model, or of a judge; see
+        `hugging_face_judges`.
       options: "shard_bytes", the largest file wanted; a tensor is never split.
         "max_positions", tokens the model is meant for, unless an imported
         configuration says it.
@@ -159,6 +165,8 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
     """
     config = _config(weights, options["max_positions"])
     theirs = hugging_face.to_hugging_face(weights.tensors, weights.settings)
+    if hugging_face_judges.is_classifier(weights):
+        config, theirs = hugging_face_judges.as_classifier(config, theirs, weights)
     config["torch_dtype"] = _common_dtype(theirs)
     write_json(folder / CONFIG, config)
     write_shards(folder, theirs, options["shard_bytes"])

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -196,41 +195,19 @@ def write_adapter(
     """Writes adapters as `peft` would, and returns the folder.
 
     Args:
-      folder: is made, and must not be there.
+      folder: an empty one, or one that is made.
       lora: the adapters' settings.
       adapters: nested dicts of arrays.
       settings: the network that they are for.
       base: name or folder of the base in Hugging Face's format, for their loaders.
 
     Raises:
-      UserError: the folder exists, or the adapters are not this network's.
+      UserError: something is in the folder, or the adapters are not this network's;
+        then nothing is written.
     """
     folder = pathlib.Path(folder).expanduser()
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} exists already; name another folder")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        fill_folder(partial, lora, adapters, settings, base)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def fill_folder(
-    folder: pathlib.Path,
-    lora: LoraSettings,
-    adapters: Mapping[str, Any],
-    settings: ModelSettings,
-    base: str = "",
-) -> None:
-    """Writes the two files of `write_adapter` into an empty folder.
-
-    Raises:
-      UserError: the adapters are not this network's.
-    """
     known, leaves, tensors = kernels(settings), flat(adapters), {}
     _check_all(leaves, known, lora.targets)
     modules = {path: module for module, (path, _) in known.items()}
@@ -249,9 +226,11 @@ def fill_folder(
         name = f"{PREFIX}{modules[place]}.{LEAVES[leaf]}{END}"
         tensors[name] = of_array(np.ascontiguousarray(array))
     used = sorted({name.split(".")[-3] for name in tensors})
+    folder.mkdir(parents=True, exist_ok=True)
     safetensors_files.write(folder / TENSORS_FILE, tensors, {"format": "pt"})
     config = json.dumps(_their_config(lora, used, settings, base), indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    return folder
 
 
 def _their_config(
@@ -299,7 +278,8 @@ def merged(
             raise UserError(f"adapter {place} needs a {path} of {shape}, got {got}")
         read = functools.partial(_merge, found, *pair, lora.scale)
         tensors[path] = Tensor(found.shape, found.dtype, read)
-    return dataclasses.replace(weights, tensors=tensors)
+    # An optimiser's state is of the numbers before.
+    return dataclasses.replace(weights, tensors=tensors, moments=None)
 
 
 def _merge(

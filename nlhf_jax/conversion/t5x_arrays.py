@@ -29,6 +29,7 @@ PREFIX = "checkpoint_"  # of the folders, before the step
 METADATA_FILE = "_METADATA"
 STATE = "state"
 TARGET = "target"
+STATES = "param_states"
 BLOCK = 2**28  # bytes of an array that are read at once, unless its chunks are larger
 _log = logging.getLogger(__name__)
 
@@ -57,11 +58,15 @@ class Checkpoint:
       folder: of the checkpoint.
       arrays: the parameters by T5X's names, joined by slashes, without `target/`.
       has_optimizer: whether the optimiser's state lies beside them.
+      states: that state's arrays, without `param_states/`, where they were asked for.
+      step: updates that were made, where the state was asked for.
     """
 
     folder: pathlib.Path
     arrays: Mapping[str, StoredArray]
     has_optimizer: bool
+    states: Mapping[str, StoredArray] = dataclasses.field(default_factory=dict)
+    step: StoredArray | None = None
 
 
 def layout_of(folder: pathlib.Path) -> str | None:
@@ -89,8 +94,12 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path | None:
     return newest if newest is not None and layout_of(newest) else None
 
 
-def open_checkpoint(path: pathlib.Path) -> Checkpoint:
+def open_checkpoint(path: pathlib.Path, with_optimizer: bool = False) -> Checkpoint:
     """Opens what `find_checkpoint` finds; no array is read yet.
+
+    Args:
+      path: see `find_checkpoint`.
+      with_optimizer: whether the optimiser's state is opened, too.
 
     Raises:
       UserError: there is no checkpoint, its index is damaged, or an array is missing;
@@ -103,10 +112,9 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
             f"{t5x_index.INDEX_FILE!r} nor {STATE}/{METADATA_FILE} in it or in a "
             f"folder {PREFIX}STEP"
         )
+    opened = _open_native if layout_of(folder) == NATIVE else _open_orbax
     try:
-        return (
-            _open_native(folder) if layout_of(folder) == NATIVE else _open_orbax(folder)
-        )
+        return opened(folder, with_optimizer)
     except RecursionError:
         raise UserError(f"{folder}: its index is nested too deeply") from None
 
@@ -114,16 +122,24 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 # --- T5X's own layout
 
 
-def _open_native(folder: pathlib.Path) -> Checkpoint:
+def _open_native(folder: pathlib.Path, with_optimizer: bool) -> Checkpoint:
     optimizer = t5x_index.read_index(folder)
-    arrays = {
-        name: _native_array(folder, name, leaf)
-        for name, leaf in _leaves(optimizer[TARGET])
-    }
+
+    def arrays(tree: Any, before: str = "") -> dict[str, StoredArray]:
+        leaves = _leaves(tree) if isinstance(tree, dict) else []
+        return {
+            name: _native_array(folder, f"{before}{name}", leaf)
+            for name, leaf in leaves
+        }
+
+    found = arrays(optimizer[TARGET])
     state = optimizer.get("state")
-    return Checkpoint(
-        folder, arrays, isinstance(state, dict) and "param_states" in state
-    )
+    has_optimizer = isinstance(state, dict) and STATES in state
+    if not has_optimizer or not with_optimizer:
+        return Checkpoint(folder, found, has_optimizer)
+    states = arrays(state[STATES], f"{STATES}/")
+    step = arrays({"step": state.get("step")}).get("step")
+    return Checkpoint(folder, found, True, states, step)
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -196,7 +212,7 @@ def _assumed(leaf: Mapping[str, Any]) -> dict[str, Any]:
 # --- Orbax's layout
 
 
-def _open_orbax(folder: pathlib.Path) -> Checkpoint:
+def _open_orbax(folder: pathlib.Path, with_optimizer: bool) -> Checkpoint:
     state = folder / STATE
     try:
         metadata = json.loads((state / METADATA_FILE).read_text(encoding="utf-8"))
@@ -212,14 +228,22 @@ def _open_orbax(folder: pathlib.Path) -> Checkpoint:
         raise UserError(
             f"{state / METADATA_FILE} is no metadata of Orbax: {error!s:.200}"
         ) from None
-    arrays = {}
-    for parts in names:
-        if parts[:1] == [TARGET]:
-            name = "/".join(parts[1:])
-            store = _orbax_store(folder, name, ".".join(parts), is_database)
-            arrays[name] = _opened(folder, name, store, driver)
-    has_optimizer = any(parts[1:2] == ["param_states"] for parts in names)
-    return Checkpoint(folder, arrays, has_optimizer)
+
+    def arrays(before: list[str], said: str = "") -> dict[str, StoredArray]:
+        opened = {}
+        for parts in names:
+            if parts[: len(before)] == before:
+                name = "/".join(parts[len(before) :])
+                store = _orbax_store(folder, name, ".".join(parts), is_database)
+                opened[name] = _opened(folder, f"{said}{name}", store, driver)
+        return opened
+
+    found, place = arrays([TARGET]), [STATE, STATES]
+    has_optimizer = any(parts[:2] == place for parts in names)
+    if not has_optimizer or not with_optimizer:
+        return Checkpoint(folder, found, has_optimizer)
+    step = arrays([STATE, "step"], "step").get("")
+    return Checkpoint(folder, found, True, arrays(place, f"{STATES}/"), step)
 
 
 def _orbax_store(

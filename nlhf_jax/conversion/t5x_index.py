@@ -101,20 +101,33 @@ def _packed(value: Any) -> msgpack.ExtType:
     return msgpack.ExtType(_ARRAY, msgpack.packb(payload, use_bin_type=True))
 
 
-def write_index(
-    folder: pathlib.Path, target: Mapping[str, Any], step: int
-) -> pathlib.Path:
-    """Writes the index of parameters alone and returns its path.
+def _with_arrays_packed(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _with_arrays_packed(leaf) for name, leaf in tree.items()}
+    return _packed(tree) if isinstance(tree, np.ndarray) else tree
 
-    The key `param_states` is left out: T5X restores a file without it, and refuses one
-    in which it is empty.
+
+def write_index(
+    folder: pathlib.Path,
+    target: Mapping[str, Any],
+    step: int,
+    states: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes the index of parameters and an optimiser's state, and returns its path.
+
+    Without a state the key `param_states` is left out: T5X restores such a file, and
+    refuses one in which it is empty.
 
     Args:
       folder: of the checkpoint.
       target: nested maps whose leaves say where the arrays lie.
       step: number of steps done.
+      states: nested maps of the optimiser's, whose leaves are arrays or say where they
+        lie; None without.
     """
-    state = {"step": _packed(np.int32(step))}
+    state: dict[str, Any] = {"step": _packed(np.int32(step))}
+    if states is not None:
+        state["param_states"] = _with_arrays_packed(states)
     index = {
         "version": VERSION,
         "optimizer": {"state": state, "target": target},

@@ -7,6 +7,7 @@ the run that wrote it, then from what T5's versions have in common, and that is 
 """
 
 import ast
+import dataclasses
 import logging
 import pathlib
 import re
@@ -21,18 +22,9 @@ LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/")
 # T5 1.0 has one inner kernel, 1.1 and what came after it two.
 ACTIVATIONS = {1: ("relu",), 2: ("gelu", "linear")}
 CONFIG_FILE = "config.gin"
-FIELDS = (
-    "vocab_size",
-    "emb_dim",
-    "num_heads",
-    "head_dim",
-    "mlp_dim",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "mlp_activations",
-    "logits_via_embedding",
-    "dropout_rate",
-)
+# T5Config has the names of ours; what the tensors and the job say is left out.
+FIELDS = {field.name for field in dataclasses.fields(T5Settings)}
+FIELDS -= {"dtype", "bias_in_each_layer"}
 _log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -2,24 +2,25 @@
 """Writes weights as a checkpoint that T5X reads, one of its arrays at a time.
 
 What lies in a file is what T5X's own writer puts there: names, shapes, dtypes, chunks,
-compression. The optimiser's state is not written; T5X starts a new one.
+compression. So does the optimiser's state, where it is one that T5X has.
 """
 
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore
 
 from nlhf_jax.checks import UserError, check_choice
-from nlhf_jax.conversion import t5x, t5x_arrays, t5x_index
+from nlhf_jax.conversion import t5x, t5x_arrays, t5x_index, t5x_optimizers
+from nlhf_jax.conversion import t5x_layouts as layouts
 from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.shapes import nested
-from nlhf_jax.conversion.tensors import Tensor, Weights
+from nlhf_jax.conversion.tensors import Moments, Tensor, Weights, of_array
 from nlhf_jax.settings import T5Settings
 
 LARGEST_CHUNK = 2**28  # bytes; larger arrays are cut along their first axis
@@ -29,6 +30,8 @@ COMPRESSORS = {
 }
 COMMITTED = "Checkpoint commit was successful to checkpoint"
 _DICT_KEY = 2  # Orbax's number of a key of a dict
+TARGET, STATES = t5x_arrays.TARGET, t5x_arrays.STATES
+PLACES = {TARGET: (TARGET,), STATES: ("state", STATES)}
 
 
 def write_t5x(folder: pathlib.Path, weights: Weights, options: Options) -> None:
@@ -41,7 +44,9 @@ def write_t5x(folder: pathlib.Path, weights: Weights, options: Options) -> None:
       folder: an empty one.
       weights: of an encoder-decoder; float32 or bfloat16 as they are to be stored.
       options: `t5x_layout` "native" (the default) or "orbax"; `scan_layers` "true" (the
-        default) or "false" of networks with a bias in each layer; `step`, default 0.
+        default) or "false" of networks with a bias in each layer; `optimizer` "true"
+        (the default) or "false", whether the optimiser's state is written, where there
+        is one; `step`, the updates that this state has seen, else 0.
 
     Raises:
       UserError: the network is of another family, or an option has no such value.
@@ -54,8 +59,14 @@ def write_t5x(folder: pathlib.Path, weights: Weights, options: Options) -> None:
         )
     layout = options.get("t5x_layout") or t5x_arrays.NATIVE
     check_choice("t5x_layout", layout, t5x_arrays.LAYOUTS)
-    step = _step(options.get("step") or "0")
-    arrays = their_arrays(weights, _scans(settings, options.get("scan_layers") or ""))
+    moments = weights.moments if t5x.with_optimizer(options) else None
+    step = _step(options.get("step"), moments)
+    scan = _scans(settings, options.get("scan_layers") or "")
+    arrays = {TARGET: their_arrays(weights, scan)}
+    if moments is not None:
+        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+        states = t5x_optimizers.their_states(moments, shapes, settings, scan)
+        arrays[STATES] = states
     target = folder / f"{t5x_arrays.PREFIX}{step}"
     target.mkdir(parents=True)
     write = _write_native if layout == t5x_arrays.NATIVE else _write_orbax
@@ -64,9 +75,19 @@ def write_t5x(folder: pathlib.Path, weights: Weights, options: Options) -> None:
         shutil.copyfile(weights.files[t5x.VOCABULARY], folder / t5x.VOCABULARY)
 
 
-def _step(text: str) -> int:
+def _step(text: str | None, moments: Moments | None) -> int:
+    """Returns the checkpoint's number: T5X's Adafactor counts its updates by it."""
+    count = 0 if moments is None else moments.count
+    if text is None:
+        return count
     if not str(text).isdecimal() or int(text) > np.iinfo(np.int32).max:
         raise UserError(f"step must be an integer from 0 to 2147483647, got {text!r}")
+    is_counted = moments is not None and moments.optimizer == t5x_optimizers.ADAFACTOR
+    if is_counted and int(text) != count:
+        raise UserError(
+            f"step must be {count}, the updates that Adafactor's state has seen, got "
+            f"{text}: --optimizer=false leaves that state out"
+        )
     return int(text)
 
 
@@ -85,85 +106,66 @@ def _scans(settings: T5Settings, text: str) -> bool:
 
 def their_arrays(weights: Weights, scan: bool) -> dict[str, Tensor]:
     """Returns the arrays that T5X has, in its order, by its names."""
-    settings = weights.settings
-    ours = {}
-    for name, tensor in weights.tensors.items():
-        has_heads = settings.bias_in_each_layer
-        shape = t5x.apart(name, tensor.shape, settings) if has_heads else tensor.shape
-        ours[name] = Tensor(shape, tensor.dtype, _reshaped(tensor, shape))
-    return dict(sorted((_stacked(ours) if scan else ours).items()))
-
-
-def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    return lambda: tensor.read().reshape(shape)
-
-
-def _stacked(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the arrays with those of equal layers as one, the layer second."""
     layers: dict[str, dict[int, Tensor]] = {}
-    outside = {}
-    for name, tensor in ours.items():
-        found = t5x.LAYER.match(name)
-        if not found:
-            outside[name] = tensor
-            continue
-        theirs = f"{found[1]}/{found[1]}/{name[found.end() :]}"
-        layers.setdefault(theirs, {})[int(found[2])] = tensor
-    return outside | {name: _one_of(by_layer) for name, by_layer in layers.items()}
-
-
-def _one_of(by_layer: Mapping[int, Tensor]) -> Tensor:
-    tensors = [by_layer[layer] for layer in sorted(by_layer)]
-    first, axis = tensors[0], t5x.SCAN_AXIS
-    shape = (*first.shape[:axis], len(tensors), *first.shape[axis:])
-
-    def read() -> np.ndarray:
-        whole = np.empty(shape, first.dtype)
-        for layer, tensor in enumerate(tensors):
-            whole[:, layer] = tensor.read()
-        return whole
-
-    return Tensor(shape, first.dtype, read)
+    arrays = {}
+    for name, tensor in weights.tensors.items():
+        tensor = layouts.with_heads(name, tensor, weights.settings)
+        theirs, layer = layouts.their_name(name) if scan else (name, None)
+        if layer is None:
+            arrays[theirs] = tensor
+        else:
+            layers.setdefault(theirs, {})[layer] = tensor
+    for name, of in layers.items():
+        arrays[name] = layouts.stacked(of, layouts.SCAN_AXIS)
+    return dict(sorted(arrays.items()))
 
 
 # --- layouts of the folder
 
 
-def _write_native(
-    folder: pathlib.Path, arrays: Mapping[str, Tensor], step: int
-) -> None:
-    specs = {}
-    for name, tensor in arrays.items():
-        place = ".".join((t5x_arrays.TARGET, *name.split("/")))
-        metadata = _write_array(
-            {"driver": "file", "path": f"{folder / place}/"}, tensor, t5x_arrays.NATIVE
-        )
-        specs[name] = {
-            "driver": "zarr",
-            "dtype": np.dtype(tensor.dtype).name,
-            "kvstore": {"driver": "file", "path": f"{place}/"},
-            "metadata": metadata,
-        }
-    t5x_index.write_index(folder, nested(specs), step)
+Arrays = Mapping[str, Mapping[str, Tensor]]
 
 
-def _write_orbax(folder: pathlib.Path, arrays: Mapping[str, Tensor], step: int) -> None:
+def _write_native(folder: pathlib.Path, arrays: Arrays, step: int) -> None:
+    specs: dict[str, dict[str, Any]] = {part: {} for part in arrays}
+    for part, tensors in arrays.items():
+        for name, tensor in tensors.items():
+            is_own = t5x_optimizers.is_like_parameter(name, tensor.shape)
+            if part == STATES and not is_own:
+                specs[part][name] = tensor.read()
+                continue
+            place = ".".join((*PLACES[part], *name.split("/")))
+            specs[part][name] = _write_natively(folder, place, tensor)
+    trees = {part: nested(leaves) for part, leaves in specs.items()}
+    t5x_index.write_index(folder, trees[TARGET], step, trees.get(STATES))
+
+
+def _write_natively(folder: pathlib.Path, place: str, tensor: Tensor) -> dict[str, Any]:
+    """Writes an array and returns what the index says of it."""
+    store = {"driver": "file", "path": f"{folder / place}/"}
+    metadata = _write_array(store, tensor, t5x_arrays.NATIVE)
+    return {
+        "driver": "zarr",
+        "dtype": np.dtype(tensor.dtype).name,
+        "kvstore": {"driver": "file", "path": f"{place}/"},
+        "metadata": metadata,
+    }
+
+
+def _write_orbax(folder: pathlib.Path, arrays: Arrays, step: int) -> None:
     begun = time.time_ns()
     state = folder / t5x_arrays.STATE
     state.mkdir()
     base = f"file://{state.resolve()}/"
-    stored_step = np.asarray(step, np.int32)
-    names = [("state", "step")]
-    whole = {"state/step": Tensor((), stored_step.dtype, lambda: stored_step)}
-    for name, tensor in arrays.items():
-        names.append((t5x_arrays.TARGET, *name.split("/")))
-        whole[f"{t5x_arrays.TARGET}/{name}"] = tensor
-    for parts, tensor in zip(names, whole.values(), strict=True):
+    whole = {("state", "step"): of_array(np.asarray(step, np.int32))}
+    for part, tensors in arrays.items():
+        for name, tensor in tensors.items():
+            whole[(*PLACES[part], *name.split("/"))] = tensor
+    for parts, tensor in whole.items():
         path = f"{'.'.join(parts)}/"
         store = {"driver": "ocdbt", "base": base, "path": path}
         _write_array(store, tensor, t5x_arrays.ORBAX)
-    shapes = [list(tensor.shape) for tensor in whole.values()]
-    tree = dict(map(_entry, names, shapes))
+    tree = dict(_entry(parts, list(one.shape)) for parts, one in whole.items())
     _write_json(state / t5x_arrays.METADATA_FILE, _tree_metadata(tree))
     _write_json(folder / "_CHECKPOINT_METADATA", _times(begun))
     for place in (folder, state):
@@ -248,6 +250,7 @@ def _write_array(
     return metadata
 
 
+OPTIMIZER_FLAG = "true (the default) or false: whether its state comes along"
 FORMAT = Format(
     looks_for="a folder checkpoint_STEP of T5X's, or a folder of them",
     recognises=t5x.recognises,
@@ -255,10 +258,12 @@ FORMAT = Format(
     write=write_t5x,
     open_flags={
         "mlp_activations": "gelu,linear (the default of T5 1.1), relu (1.0), ...",
+        "optimizer": OPTIMIZER_FLAG,
     },
     write_flags={
         "t5x_layout": "native (the default) or orbax",
         "scan_layers": "true (the default) or false; of umT5 only",
-        "step": "number of the checkpoint; default 0",
+        "step": "number of the checkpoint; default: the optimiser's updates, or 0",
+        "optimizer": OPTIMIZER_FLAG,
     },
 )

@@ -50,6 +50,40 @@ class Adapters:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moments:
+    """What an optimiser has averaged of the gradients, by slot and parameter.
+
+    Attributes:
+      optimizer: "adafactor" or "adamw", as in `OptimizerSettings`.
+      count: updates that it has made.
+      slots: slot -> tensors by our names, float32. AdamW has `mu` and `nu` of every
+        parameter; Adafactor `v` of those it does not factor, `v_row` and `v_col` of
+        those it does.
+    """
+
+    optimizer: str
+    count: int
+    slots: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How a judge's score is read off its text-to-text network.
+
+    Attributes:
+      kind: "preference" or "reward".
+      answer_id: the score is the logit of this id after the last token that is read.
+      reads: what is read in order: ids of fixed words, or "x" (the prompt), "y" (the
+        response that is scored) and "y'" (the one it is compared with), without their
+        ends. The last of it is what an encoder-decoder's decoder reads.
+    """
+
+    kind: str
+    answer_id: int
+    reads: tuple[str | tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A language model outside of any format.
 
@@ -65,6 +99,8 @@ class Weights:
       chat_template: how prompts were put when it was trained, as in a model folder's
         description; None where the source does not say.
       system_prompt: what was said before them.
+      moments: the optimiser's state, where the source has one and it was asked for.
+      scoring: of a judge; None of a language model.
     """
 
     settings: ModelSettings
@@ -74,6 +110,8 @@ class Weights:
     adapters: Adapters | None = None
     chat_template: str | None = None
     system_prompt: str = ""
+    moments: Moments | None = None
+    scoring: Scoring | None = None
 
 
 def of_array(array: np.ndarray) -> Tensor:

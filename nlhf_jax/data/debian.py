@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
-from nlhf_jax.checks import UserError
+from nlhf_jax.checks import UserError, expanded
 from nlhf_jax.data import jsonl
 from nlhf_jax.data.tensorflow_setup import cache_folder, progress_bar
 from nlhf_jax.settings import DataSettings
@@ -169,7 +169,7 @@ def _has_apt() -> bool:
 
 def _corpus_path(settings: DataSettings) -> pathlib.Path:
     folder = settings.data_dir or cache_folder(settings.cache_dir) / "debian"
-    return pathlib.Path(folder).expanduser() / "debian.jsonl.gz"
+    return expanded("data_dir", folder) / "debian.jsonl.gz"
 
 
 def _update(folder: pathlib.Path) -> pathlib.Path:

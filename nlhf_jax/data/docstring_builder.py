@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
+from nlhf_jax.checks import expanded
 from nlhf_jax.data import docstrings
 from nlhf_jax.data.tensorflow_setup import (
     cache_folder,
@@ -78,7 +79,7 @@ def corpus_folder(cache_dir: str = "", data_dir: str = "", lock_file: str = "") 
     a changed environment gets a new corpus and the old one stays.
     """
     if data_dir:
-        return str(pathlib.Path(data_dir).expanduser())
+        return str(expanded("data_dir", data_dir))
     name = f"docstrings-{docstrings.digest(lock_file)}"
     return str(cache_folder(cache_dir) / name)
 

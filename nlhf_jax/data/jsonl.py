@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nlhf_jax.checks import UserError
+from nlhf_jax.checks import UserError, expanded
 from nlhf_jax.settings import DataSettings
 
 Row = dict[str, Any]
@@ -239,7 +239,7 @@ def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines, gzipped when the name ends in .gz, all or nothing."""
-    target = pathlib.Path(path).expanduser()
+    target = expanded("path", path)
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
     data = "".join(lines).encode("utf-8")

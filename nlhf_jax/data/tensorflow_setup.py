@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+from nlhf_jax.checks import expanded
+
 
 @functools.cache
 def import_tensorflow() -> ModuleType:
@@ -62,7 +64,7 @@ def import_seqio() -> ModuleType:
 def cache_folder(cache_dir: str = "") -> pathlib.Path:
     """Returns `cache_dir`, else $NLHF_CACHE, else ~/.cache/nlhf_jax."""
     chosen = cache_dir or os.environ.get("NLHF_CACHE") or "~/.cache/nlhf_jax"
-    return pathlib.Path(chosen).expanduser()
+    return expanded("cache_dir", chosen)
 
 
 def progress_bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

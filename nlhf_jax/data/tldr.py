@@ -10,10 +10,9 @@ Source: Stiennon et al., 2020, "Learning to summarize from human feedback", arXi
 Lines about news articles (no `post`) are passed over.
 """
 
-import pathlib
 from typing import Any
 
-from nlhf_jax.checks import UserError
+from nlhf_jax.checks import UserError, expanded
 from nlhf_jax.data import jsonl
 from nlhf_jax.settings import DataSettings
 
@@ -56,7 +55,7 @@ def read_comparisons(folder: str) -> dict[str, list[jsonl.Row]]:
     """
     if not folder:
         raise UserError("task 'tldr' reads a folder of batch*.json: set data_dir")
-    files = sorted(pathlib.Path(folder).expanduser().glob("batch*.json"))
+    files = sorted(expanded("data_dir", folder).glob("batch*.json"))
     if not files:
         raise UserError(f"data_dir {folder!r} must be a folder with batch*.json files")
     rows = []

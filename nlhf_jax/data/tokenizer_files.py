@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from nlhf_jax.checks import UserError, nearest
+from nlhf_jax.checks import UserError, expanded, nearest
 from nlhf_jax.data import chat_templates
 from nlhf_jax.data.special_tokens import SpecialTokens, read_special_tokens
 from nlhf_jax.data.tensorflow_setup import import_seqio, import_tensorflow
@@ -160,7 +160,7 @@ class TokenizerFile:
 def _opened(path: str) -> Any:
     from tokenizers import Tokenizer
 
-    file = pathlib.Path(path).expanduser()
+    file = expanded("vocabulary_path", path)
     if not file.is_file():
         raise UserError(f"vocabulary_path {path!r} is no file")
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nlhf_jax.checks import UserError, check_integer
+from nlhf_jax.checks import UserError, check_integer, expanded
 from nlhf_jax.data.tensorflow_setup import import_seqio, progress_bar
 from nlhf_jax.data.tokenizer_files import load_tokenizer
 from nlhf_jax.settings import DataSettings
@@ -77,7 +77,7 @@ def load_vocabulary(path: str) -> Vocabulary:
 
     if path == "byte":
         return import_seqio().ByteVocabulary()
-    file = pathlib.Path(path).expanduser()
+    file = expanded("vocabulary_path", path)
     if not file.is_file():
         raise UserError(
             "vocabulary_path must be a SentencePiece model, a tokenizer.json, 'byte' "

@@ -34,17 +34,25 @@ class Stand:
         merged into it.
       digest: of what `base` holds.
       start: the folder whose adapters the run starts with; "" makes fresh ones.
+      start_digest: of these adapters.
+      reference_digest: of the reference's adapters, where a run has such a reference.
     """
 
     lora: LoraSettings
     base: str
     digest: str
     start: str
+    start_digest: str = ""
+    reference_digest: str = ""
 
     def describes(self, whole: folders.ModelDescription) -> folders.ModelDescription:
         """Returns the description of the run's folder, given that of a whole model."""
         return dataclasses.replace(
-            whole, lora=self.lora, base=self.base, base_digest=self.digest
+            whole,
+            lora=self.lora,
+            base=self.base,
+            base_digest=self.digest,
+            reference_digest=self.reference_digest,
         )
 
     def adapters(self, network: Any, mesh: Any) -> Params:
@@ -73,13 +81,16 @@ def stand_on(checkpoint: str, lora: LoraSettings) -> Stand:
     found = folders.description_of(checkpoint)
     if found.lora == lora:
         check_base(checkpoint, found.base, found.base_digest)
-        return Stand(lora, found.base, found.base_digest, str(checkpoint))
+        now = digest_of(_source(checkpoint))
+        return Stand(lora, found.base, found.base_digest, str(checkpoint), now)
     base = _source(checkpoint)
     return Stand(lora, str(base), digest_of(base), "")
 
 
 def starts_at(stand: Stand, checkpoint: str) -> Stand:
     """Returns the stand of a policy that starts at `checkpoint`, on the same base.
+
+    It remembers which adapters its reference has.
 
     Args:
       stand: of its reference.
@@ -91,7 +102,7 @@ def starts_at(stand: Stand, checkpoint: str) -> Stand:
     found = stand_on(checkpoint, stand.lora)
     is_same = not found.start and not stand.start and found.digest == stand.digest
     if is_same or (found.start and found.digest == stand.digest):
-        return found
+        return dataclasses.replace(found, reference_digest=stand.start_digest)
     raise UserError(
         f"with lora, initial_checkpoint_path must hold {stand.lora} on the reference's "
         f"base {stand.base!r}, or be '', got {checkpoint!r}"
@@ -141,6 +152,18 @@ def check_base(checkpoint: str | pathlib.Path, base: str, digest: str) -> None:
         )
 
 
+def check_bases(checkpoint: str | pathlib.Path) -> None:
+    """Checks all that a folder's adapters stand on; of a whole model there is nothing.
+
+    Raises:
+      UserError: a base has gone or has changed.
+    """
+    found = folders.description_of(checkpoint)
+    if found.lora is not None:
+        check_base(checkpoint, found.base, found.base_digest)
+        check_bases(found.base)
+
+
 def check_goes_on(model_dir: pathlib.Path, stand: Stand | None) -> None:
     """Checks that a folder that is gone on with has the same adapters and base.
 
@@ -157,6 +180,13 @@ def check_goes_on(model_dir: pathlib.Path, stand: Stand | None) -> None:
         raise UserError(
             f"{str(model_dir)!r} was trained with {was}, got {now}: name another "
             "MODEL_DIR"
+        )
+    reference = "" if stand is None else stand.reference_digest
+    if found.reference_digest and found.reference_digest != reference:
+        raise UserError(
+            f"the reference's adapters have changed since {str(model_dir)!r} began: "
+            "reference_checkpoint must name the step that it began with "
+            "(FOLDER/checkpoints/STEP), or MODEL_DIR another folder"
         )
 
 

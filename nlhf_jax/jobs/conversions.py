@@ -7,6 +7,7 @@ target, and rename it at the end: a target is whole or not there.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 
 from nlhf_jax.checks import UserError, check_local_folder
 from nlhf_jax.conversion import agreement, formats
+from nlhf_jax.conversion.hugging_face_folders import read_json
 from nlhf_jax.conversion.shapes import check_complete
 from nlhf_jax.conversion.tensors import Weights, cast
 from nlhf_jax.data import vocabularies
@@ -26,6 +28,8 @@ from nlhf_jax.jobs import conversion_flags, folders, model_cards, our_weights
 from nlhf_jax.models.t5 import EOS_ID, PAD_ID
 
 HUGGING_FACE, PEFT = "hugging_face", "peft"
+GENERATION = "generation_config.json"
+_log = logging.getLogger(__name__)
 LOADED_AS_THEY_ARE = (HUGGING_FACE, "gguf")  # by transformers
 
 
@@ -51,12 +55,16 @@ def import_model(words: Sequence[str]) -> int:
     check_complete(weights)
     weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
     lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
+    _say_other_ends(weights)
     with written_whole(target) as folder:
-        given = {"feature_lengths": lengths, "is_merged": False}
+        # Of a run of ours it lies in the run's checkpoints.
+        keeps = "optimizer" in chosen.open_flags
+        given = {"feature_lengths": lengths, "is_merged": False, "with_moments": keeps}
         our_weights.write_folder(folder, weights, given)
         if options.check:
             print(_check_import(name, source, folder, options))
-    print(f"imported {summary(weights)} ({name}) into {options.to}")
+    also = _also(weights, keeps)
+    print(f"imported {summary(weights)} ({name}){also} into {options.to}")
     return 0
 
 
@@ -76,10 +84,15 @@ def export_model(words: Sequence[str]) -> int:
     conversion_flags.check_flags(options.format, own, chosen.write_flags)
     target = free_target("to", options.to)
     source = folders.expanded("checkpoint", options.checkpoint)
-    weights = our_weights.open_folder(source, {})
+    weights = our_weights.open_folder(source, {"judges": True})
+    if weights.scoring is not None and options.check and options.format == HUGGING_FACE:
+        raise UserError(
+            "--check compares what language models say, got a "
+            f"{weights.scoring.kind} model: leave it out"
+        )
     check_complete(weights)
     weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
-    lengths = folders.read_description(source).feature_lengths
+    lengths = folders.description_of(source).feature_lengths
     given = {
         "feature_lengths": lengths,
         "max_positions": sum(lengths.values()),
@@ -93,8 +106,30 @@ def export_model(words: Sequence[str]) -> int:
         (folder / model_cards.CARD).write_text(card, encoding="utf-8")
         if options.check:
             print(_check_export(chosen, folder, weights, options, own))
-    print(f"exported {summary(weights)} into {options.to} ({options.format})")
+    keeps = "optimizer" in chosen.write_flags and own.get("optimizer") != "false"
+    also = _also(weights, keeps)
+    print(f"exported {summary(weights)}{also} into {options.to} ({options.format})")
     return 0
+
+
+def _say_other_ends(weights: Weights) -> None:
+    """Warns of ids that end a response elsewhere and not here."""
+    file = weights.files.get(GENERATION)
+    if file is None or not isinstance(weights.settings, DecoderOnlySettings):
+        return
+    ours = weights.settings.eos_id
+    try:
+        ends = read_json(file).get("eos_token_id")
+    except UserError:
+        return  # nothing is read from it here
+    others = [end for end in ends if end != ours] if isinstance(ends, list) else []
+    if others:
+        _log.warning(
+            "%s ends a response with any of %s; here id %s alone does",
+            GENERATION,
+            ends,
+            ours,
+        )
 
 
 def _check_import(
@@ -141,9 +176,9 @@ def _check_export(
         found = agreement.compare(weights, model, rows, length=agreement.NUM_TOKENS)
         return agreement.check(found)
     known = {flag: value for flag, value in own.items() if flag in chosen.open_flags}
-    if weights.adapters is not None:
+    if weights.adapters is not None and "base" in chosen.open_flags:
         known["base"] = weights.adapters.base
-    again = chosen.open(folder, known)
+    again = chosen.open(folder, known | {"judges": True})
     for path, tensor in weights.tensors.items():
         there = again.tensors.get(path)
         if there is None or not np.array_equal(there.read(), tensor.read()):
@@ -251,6 +286,14 @@ def summary(weights: Weights) -> str:
     """Returns how many tensors and parameters there are, in words."""
     total = sum(_size(tensor.shape) for tensor in weights.tensors.values())
     return f"{len(weights.tensors)} tensors, {total:,} parameters"
+
+
+def _also(weights: Weights, is_kept: bool) -> str:
+    """Returns what is said of an optimiser's state that comes along."""
+    found = weights.moments
+    if found is None or not is_kept:
+        return ""
+    return f", with the state of {found.optimizer} after {found.count:,} updates,"
 
 
 def _size(shape: tuple[int, ...]) -> int:

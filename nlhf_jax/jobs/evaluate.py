@@ -16,7 +16,7 @@ from nlhf_jax import metrics
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.evaluation import cyclicity, report, summaries, tournament
-from nlhf_jax.jobs import folders, generation, judges, runs
+from nlhf_jax.jobs import adapters, folders, generation, judges, runs
 from nlhf_jax.jobs.policies import Policy, load_policy
 from nlhf_jax.preferences.raters import RaterPopulation
 from nlhf_jax.progress import Progress
@@ -169,21 +169,29 @@ def evaluate(
 def _what_is_given(arguments: Mapping[str, Any]) -> str:
     """Returns all that decides a tournament as text: settings, and whose parameters."""
     places = {
-        name: folders.newest_state(arguments[name])
+        name: _state_of(arguments[name])
         for name in ("reference_checkpoint", "preference_checkpoint")
     }
     if arguments["reward_checkpoint"]:  # the report shows its curve
-        places["reward_checkpoint"] = folders.newest_state(
-            arguments["reward_checkpoint"]
-        )
+        places["reward_checkpoint"] = _state_of(arguments["reward_checkpoint"])
     cycles = _read_cyclicity(arguments["comparisons_dir"])
     players = arguments["policies"].items()
-    policies = {name: folders.newest_state(place) for name, place in players}
+    policies = {name: _state_of(place) for name, place in players}
     settings = {
         name: repr(value) for name, value in arguments.items() if name != "model_dir"
     }
     given = settings | places | {"policies": policies, "cyclicity": repr(cycles)}
     return json.dumps(given, indent=2) + "\n"
+
+
+def _state_of(checkpoint: str) -> list[str | int]:
+    """Returns which parameters a path leads to; what they stand on must be as it was.
+
+    Raises:
+      UserError: there are none, or the base of adapters has gone or has changed.
+    """
+    adapters.check_bases(checkpoint)
+    return folders.newest_state(checkpoint)
 
 
 def _is_played(folder: pathlib.Path, given: str) -> bool:

@@ -10,8 +10,9 @@ from jaxtyping import PyTree
 
 from nlhf_jax import checkpoints, partitioning
 from nlhf_jax.checks import UserError
+from nlhf_jax.conversion.tensors import Moments
 from nlhf_jax.decoder_settings import ModelSettings
-from nlhf_jax.jobs import adapters, folders
+from nlhf_jax.jobs import adapters, folders, moments
 from nlhf_jax.models.adapters import with_base
 from nlhf_jax.types import Params, TrainState
 
@@ -26,6 +27,9 @@ class InitialState:
       init: random key -> parameters.
       make: parameters -> state; pure, and run inside a compiled program.
       seed: of fresh parameters.
+      moments: averages that the optimiser goes on from, where some lie beside the
+        parameters.
+      source: then the folder of both.
     """
 
     params: PyTree
@@ -33,6 +37,8 @@ class InitialState:
     init: Callable[[jax.Array], Params]
     make: Callable[[Params], TrainState]
     seed: int
+    moments: Moments | None = None
+    source: str = ""
 
     @property
     def shapes(self) -> TrainState:
@@ -49,9 +55,12 @@ class InitialState:
         """
         if self.load is not None:
             loaded = self.load(params)
-            return partitioning.CompiledFunction(
+            made = partitioning.CompiledFunction(
                 self.make, mesh, out_shardings=state, donate_argnums=0
             )(loaded)
+            if self.moments is None:
+                return made
+            return moments.continued(made, state, self.moments, self.source)
 
         def fresh(key: jax.Array) -> TrainState:
             return self.make(self.init(key))
@@ -81,17 +90,18 @@ def initial_state(
       make: parameters -> state.
 
     Raises:
-      UserError: the checkpoint is missing.
+      UserError: the checkpoint is missing, or the optimiser's state in it damaged.
     """
     shapes = jax.eval_shape(init, jax.random.key(seed))
-    load = None
+    load = found = None
     if checkpoint:
         folders.find_model_dir(checkpoint)
+        found = moments.for_start(checkpoint)
 
         def load(shardings: PyTree) -> Params:
             return adapters.load_whole(checkpoint, shapes, shardings)
 
-    return InitialState(shapes, load, init, make, seed)
+    return InitialState(shapes, load, init, make, seed, found, checkpoint)
 
 
 def state_of_adapters(
@@ -108,6 +118,11 @@ def state_of_adapters(
     on_base = with_base(network, None, stand.lora)
     shapes = jax.eval_shape(on_base.init, jax.random.key(seed))
     load = None
+    if moments.is_beside(stand.base):
+        moments.say(
+            f"the optimiser's state beside {stand.base!r} is of all its weights, and "
+            "this run trains adapters: it starts without"
+        )
     if stand.start:
         source = folders.resolve(stand.start)
 

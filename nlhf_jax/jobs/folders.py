@@ -18,7 +18,7 @@ import json
 import pathlib
 import shutil
 
-from nlhf_jax import distributed
+from nlhf_jax import checks, distributed
 from nlhf_jax.checks import (
     UserError,
     check_choice,
@@ -59,6 +59,8 @@ class ModelDescription:
       lora: where the folder's parameters are adapters, which ones.
       base: then the parameters they stand on: a step's folder or a parameter file.
       base_digest: of what it held; see `jobs/adapters.py`.
+      reference_digest: of the adapters of the reference it was trained against, where
+        that has some: whoever goes on needs the same.
       chat_template: how prompts were put when it was trained: "" as they are, "model"
         in the template in its folder; None where nobody wrote that down.
       system_prompt: what the template said before them.
@@ -71,6 +73,7 @@ class ModelDescription:
     lora: LoraSettings | None = None
     base: str = ""
     base_digest: str = ""
+    reference_digest: str = ""
     chat_template: str | None = None
     system_prompt: str = ""
 
@@ -81,6 +84,8 @@ class ModelDescription:
             fields["family"] = DECODER_ONLY  # a file without it is a T5's
         if self.lora is None:
             fields = {k: v for k, v in fields.items() if k not in OF_ADAPTERS}
+        if not self.reference_digest:
+            del fields["reference_digest"]
         if self.chat_template is None:
             fields = {k: v for k, v in fields.items() if k not in OF_PROMPTS}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -197,10 +202,7 @@ def expanded(name: str, path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: there is no such user.
     """
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{name}: there is no home folder for {str(path)!r}") from None
+    return checks.expanded(name, path)
 
 
 def plot_path(text: str) -> pathlib.Path:

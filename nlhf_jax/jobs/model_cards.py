@@ -15,6 +15,7 @@ from typing import Any
 from nlhf_jax import __version__, metrics
 from nlhf_jax.conversion.tensors import Weights
 from nlhf_jax.decoder_settings import DecoderOnlySettings
+from nlhf_jax.jobs import scorings
 from nlhf_jax.jobs.run_records import CONFIG_FILE
 
 CARD = "README.md"
@@ -49,6 +50,8 @@ def model_card(
       step: the checkpoint's, None for the newest.
     """
     parts = [_front(), f"# {_plain(name)}\n", _summary(weights)]
+    if weights.scoring is not None:
+        parts.append(_block(scorings.in_words(weights)))
     config = _read(folder / CONFIG_FILE)[:LONGEST_CONFIG]
     judge = _JUDGE.search(config)
     if judge:

@@ -19,11 +19,13 @@ from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.hugging_face_folders import THEIR_CONFIG
 from nlhf_jax.conversion.hugging_face_tokenizers import COMPANIONS, TOKENIZER
 from nlhf_jax.conversion.shapes import nested
-from nlhf_jax.conversion.tensors import Adapters, Tensor, Weights
-from nlhf_jax.jobs import adapters, folders
+from nlhf_jax.conversion.tensors import Adapters, Moments, Tensor, Weights
+from nlhf_jax.data import vocabularies
+from nlhf_jax.jobs import adapters, folders, moments, scorings
 from nlhf_jax.types import POLICY
 
 # Beside vocabulary.model, what an imported model's folder keeps of its source.
+LANGUAGE_MODEL = "language_model"
 KEPT = (*COMPANIONS, THEIR_CONFIG)
 
 
@@ -36,30 +38,38 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_folder(path: pathlib.Path, options: Options) -> Weights:
-    """Returns the weights of a language model's folder, none of them read.
+    """Returns the weights of a model's folder, none of them read.
 
     Args:
       path: a model folder, its `checkpoints` folder, or one step's.
-      options: none is known.
+      options: "judges", whether it may be a judge's.
 
     Raises:
-      UserError: no language model, no checkpoint that is whole, or no vocabulary.
+      UserError: no model of such a kind, no checkpoint that is whole, or no vocabulary.
     """
-    del options
-    description = folders.read_description(path)
+    description = folders.description_of(path)
+    is_judge = description.kind != LANGUAGE_MODEL
+    if is_judge and not options.get("judges"):
+        folders.read_description(path)  # which says what is wanted
     folder = folders.find_model_dir(path)
     named = folders.vocabulary_file(path)
     files = {name: folder / name for name in KEPT if (folder / name).is_file()}
     if named != folders.BYTE_VOCABULARY:
         files[pathlib.Path(named).name] = pathlib.Path(named)
+    tensors, state = _opened(folders.resolve(path), description.lora is None)
     weights = Weights(
         description.settings,
-        tensors_in(folders.resolve(path)),
+        tensors,
         files,
         folders.BYTE_VOCABULARY if named == folders.BYTE_VOCABULARY else "",
         chat_template=description.chat_template,
         system_prompt=description.system_prompt,
+        moments=state,
     )
+    if is_judge:
+        vocabulary = vocabularies.load_vocabulary(named)
+        scoring = scorings.scoring_of(description, vocabulary)
+        weights = dataclasses.replace(weights, scoring=scoring)
     if description.lora is None:
         return weights
     return _on_base(path, weights, description)
@@ -74,7 +84,7 @@ def _on_base(
       UserError: the base has gone or has changed.
     """
     adapters.check_base(path, description.base, description.base_digest)
-    base = open_folder(pathlib.Path(description.base), {})
+    base = open_folder(pathlib.Path(description.base), {"judges": True})
     mine = Adapters(description.lora, description.base, weights.tensors)
     leaves = nested({name: tensor.read() for name, tensor in mine.tensors.items()})
     merged = peft.merged(base, description.lora, leaves)
@@ -87,13 +97,26 @@ def tensors_in(path: pathlib.Path) -> dict[str, Tensor]:
     Raises:
       UserError: there is nothing, or nothing that is whole.
     """
+    return _opened(path, False)[0]
+
+
+def _opened(
+    path: pathlib.Path, with_moments: bool
+) -> tuple[dict[str, Tensor], Moments | None]:
+    """Returns the policy's tensors in a folder, and its optimiser's state.
+
+    Raises:
+      UserError: there is nothing, or nothing that is whole.
+    """
     sources = stored_states.param_sources(path.absolute())
     wrong = []
     for source in sources:
         try:
             if source.is_dir():
-                return _of_step(source)
-            return _of_file(source)
+                tensors, moments_of = _of_step(source), moments.of_step
+            else:
+                tensors, moments_of = _of_file(source), moments.beside
+            return tensors, moments_of(source) if with_moments else None
         except (CheckpointError, UserError, OSError) as error:
             wrong.append(f"{source.name}: {error}")
     raise UserError(
@@ -126,7 +149,8 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
       folder: empty.
       weights: of any language model.
       options: "feature_lengths", {"inputs": tokens, "targets": tokens}; "is_merged",
-        whether adapters are written as a part of their base and not by themselves.
+        whether adapters are written as a part of their base and not by themselves;
+        "with_moments", whether the optimiser's state comes along.
 
     Raises:
       UserError: lengths below 1, or weights without a vocabulary.
@@ -135,7 +159,7 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
     for name in ("inputs", "targets"):
         check_integer(f"{name}_length", lengths[name], 1)
     description = folders.ModelDescription(
-        "language_model",
+        LANGUAGE_MODEL if weights.scoring is None else weights.scoring.kind,
         dataclasses.replace(weights.settings, dtype="float32"),
         dict(lengths),
         vocabulary_of(weights),
@@ -159,6 +183,8 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
         tensors,
         {parameter_files.HEADER: json.dumps(header)},
     )
+    if weights.moments is not None and options.get("with_moments"):
+        moments.write(folder, weights.moments)
 
 
 def vocabulary_of(weights: Weights) -> str:

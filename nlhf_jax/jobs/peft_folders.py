@@ -66,6 +66,12 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
             "format peft holds adapters, and the checkpoint has none: it was trained "
             "without lora"
         )
+    if weights.scoring is not None:
+        raise UserError(
+            f"format peft holds adapters of language models, got a "
+            f"{weights.scoring.kind} model: export it merged, with --format=nlhf, "
+            "hugging_face or t5x"
+        )
     if folders.description_of(found.base).lora is not None:
         raise UserError(
             f"format peft holds adapters on a whole model, and {found.base!r}, their "
@@ -74,7 +80,7 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
         )
     adapters = nested({name: tensor.read() for name, tensor in found.tensors.items()})
     name = str(options.get("base_name", ""))
-    peft.fill_folder(folder, found.lora, adapters, weights.settings, name)
+    peft.write_adapter(folder, found.lora, adapters, weights.settings, name)
 
 
 FORMAT = Format(

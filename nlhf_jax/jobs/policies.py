@@ -2,16 +2,19 @@
 """Policies loaded from model folders: network, parameters, vocabulary, lengths."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
 
-from nlhf_jax import partitioning
+from nlhf_jax import distributed, partitioning
 from nlhf_jax.data import vocabularies
 from nlhf_jax.jobs import adapters, folders
 from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import MemorySettings, MeshSettings
 from nlhf_jax.types import LanguageModel, Params
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,26 @@ class Policy:
 def as_frozen(params: Params, memory: MemorySettings) -> Params:
     """Returns parameters that are not trained, in the dtype they are kept in."""
     return jax.tree.map(lambda leaf: leaf.astype(memory.frozen_dtype), params)
+
+
+def as_frozen_base(params: Params, memory: MemorySettings) -> Params:
+    """Returns the base that adapters are trained on, in the dtype it is kept in.
+
+    Where that rounds it, a warning says so: the adapters learn on rounded weights, and
+    as a model their folder is read with those of the base's own file.
+    """
+    kept = as_frozen(params, memory)
+    is_rounded = jax.tree.map(
+        lambda one, other: bool((one != other.astype(one.dtype)).any()), params, kept
+    )
+    if any(jax.tree.leaves(is_rounded)) and distributed.is_first():
+        _log.warning(
+            "frozen_dtype %s rounds the base's numbers: the adapters are trained on "
+            "the rounded base, and elsewhere stand on the base as it is; "
+            "frozen_dtype 'float32' trains them on that",
+            memory.frozen_dtype,
+        )
+    return kept
 
 
 def load_params(

@@ -16,6 +16,7 @@ from nlhf_jax.checks import (
     check_integer,
     check_local_folder,
     check_range,
+    expanded,
 )
 from nlhf_jax.data import tasks
 from nlhf_jax.jobs import folders, programs, saves, train
@@ -158,7 +159,7 @@ def _can_write(folder: pathlib.Path) -> bool:
 
 def _check_model_dir(model_dir: str) -> None:
     """Checks what the folder of results would meet; it is not made."""
-    path = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
+    path = expanded("MODEL_DIR", check_local_folder("MODEL_DIR", model_dir))
     for folder in (path, *path.parents):
         if folder.exists():
             if not folder.is_dir():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from nlhf_jax import checkpoints, distributed, retention
-from nlhf_jax.checks import UserError, check_local_folder
+from nlhf_jax.checks import UserError, check_local_folder, expanded
 from nlhf_jax.jobs import saves
 from nlhf_jax.types import TrainState
 
@@ -99,7 +99,7 @@ def open_folder(model_dir: str, run: Continued | None = None) -> pathlib.Path:
         its checkpoints are of another seed, model or optimiser; then nothing is
         written.
     """
-    folder = pathlib.Path(check_local_folder("MODEL_DIR", model_dir)).expanduser()
+    folder = expanded("MODEL_DIR", check_local_folder("MODEL_DIR", model_dir))
     if _instead is not None:
         return _instead.get(folder.resolve(), folder)
     distributed.first_does("folder", lambda: _describe_run(folder, model_dir, run))

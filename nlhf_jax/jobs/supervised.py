@@ -24,9 +24,9 @@ from nlhf_jax.jobs import (
     steps,
     trained,
 )
-from nlhf_jax.jobs.adapters import check_goes_on, stand_on
+from nlhf_jax.jobs.adapters import stand_on
 from nlhf_jax.jobs.judges import build_preference_model, build_reward_model
-from nlhf_jax.jobs.policies import as_frozen, load_params
+from nlhf_jax.jobs.policies import as_frozen_base, load_params
 from nlhf_jax.models.families import check_end, language_model
 from nlhf_jax.settings import (
     DataSettings,
@@ -299,8 +299,7 @@ def _run_supervised(
     first = initial_checkpoint_path
     one = _trained(network, first, seed, step, mesh, memory, lora)
     runs.check_layout(one.start, one.logical_axes, loop, mesh)
-    check_goes_on(pathlib.Path(model_dir).expanduser(), one.stand)
-    folder = runs.open_folder(model_dir, runs.Continued(seed, one.start.shapes))
+    folder = one.opened(model_dir, seed)
     one.describe(folder, description, vocabulary_path, *asked)
     runs.run(
         runs.Training(
@@ -342,7 +341,7 @@ def _trained(
             "stay, got ''"
         )
     stand = stand_on(first, lora)
-    base = as_frozen(load_params(stand.base, network, mesh), memory)
+    base = as_frozen_base(load_params(stand.base, network, mesh), memory)
     return trained.on_base(stand, network, base, seed, step.init_state)
 
 

@@ -13,9 +13,9 @@ from nlhf_jax.checkpoints import save_params
 from nlhf_jax.checks import UserError, check_choice, check_integer
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.jobs import folders, judges, outside_steps, runs, steps, trained
-from nlhf_jax.jobs.adapters import Stand, check_goes_on, starts_at
+from nlhf_jax.jobs.adapters import Stand, starts_at
 from nlhf_jax.jobs.held_out import HeldOut
-from nlhf_jax.jobs.policies import Policy, as_frozen, load_policy
+from nlhf_jax.jobs.policies import Policy, as_frozen, as_frozen_base, load_policy
 from nlhf_jax.jobs.trained import Trained, stand_of
 from nlhf_jax.models.adapters import adapted
 from nlhf_jax.preferences.outside import OutsideJudge, check_serves
@@ -110,9 +110,7 @@ def train(
     first = initial_checkpoint_path or reference_checkpoint
     side = _sides(stand, first, reference, step, memory, mesh, seed)
     runs.check_layout(side.trained.start, side.trained.logical_axes, loop, mesh)
-    check_goes_on(pathlib.Path(model_dir).expanduser(), side.trained.stand)
-    goes_on = runs.Continued(seed, side.trained.start.shapes)
-    folder = runs.open_folder(model_dir, goes_on)
+    folder = side.trained.opened(model_dir, seed)
     asked = data.chat_template, data.system_prompt
     shape = reference.description, reference.vocabulary_path
     side.trained.describe(folder, *shape, *asked)
@@ -199,7 +197,7 @@ def _load_reference(
     if stand is None:
         return load_policy(checkpoint, memory, mesh), None
     found = load_policy(checkpoint, memory, mesh, stand.base)
-    kept = as_frozen(found.params, memory)
+    kept = as_frozen_base(found.params, memory)
     return dataclasses.replace(found, params=kept), (stand.digest, kept)
 
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from nlhf_jax.jobs import adapters, first_states, folders
+from nlhf_jax.jobs import adapters, first_states, folders, run_records
 from nlhf_jax.models.adapters import adapter_axes
 from nlhf_jax.settings import LoraSettings
 from nlhf_jax.types import BASE, Params, ParamSets, TrainState
@@ -32,6 +32,17 @@ class Trained:
     frozen_axes: dict[str, Any]
     stand: adapters.Stand | None = None
 
+    def opened(self, model_dir: str, seed: int) -> pathlib.Path:
+        """Returns the run's folder, made or, where it can be gone on with, opened.
+
+        Raises:
+          UserError: what was trained there has another base, shape or seed, or the
+            folder cannot be written; then nothing is written.
+        """
+        adapters.check_goes_on(folders.expanded("MODEL_DIR", model_dir), self.stand)
+        run = run_records.Continued(seed, self.start.shapes)
+        return run_records.open_folder(model_dir, run)
+
     def evaluated(self, evaluate: Evaluate) -> Evaluate:
         """Returns an evaluation of states, given one of whole parameters."""
         if self.stand is None:
@@ -49,7 +60,7 @@ class Trained:
         """Writes a folder's description, given that of the whole model."""
         # That of a reference may have adapters, which what is trained here does not.
         description = dataclasses.replace(
-            description, lora=None, base="", base_digest=""
+            description, lora=None, base="", base_digest="", reference_digest=""
         )
         if self.stand is not None:
             description = self.stand.describes(description)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs go on from an optimiser's state beside a model, and export that of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nlhf_jax import checkpoints, optimizers, partitioning, supervised_step
+from nlhf_jax.checks import UserError
+from nlhf_jax.conversion import t5x
+from nlhf_jax.conversion.shapes import flat, nested
+from nlhf_jax.conversion.tensors import Moments, of_array
+from nlhf_jax.jobs import conversions, first_states, folders, moments, our_weights
+from nlhf_jax.models.families import language_model
+from nlhf_jax.settings import MeshSettings, OptimizerSettings, T5Settings
+from nlhf_jax.types import TrainState
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+# Its embedding is factored, and nothing else.
+SHAPE = T5Settings(259, 128, 2, 2, 4, 1, 1)
+LENGTHS = {"inputs": 8, "targets": 4}
+TABLE = "token_embedder/embedding"
+
+
+def optimizer_of(name):
+    return optimizers.make_optimizer(OptimizerSettings(name), 10)
+
+
+def moments_like(name, count=7, seed=0):
+    """Random averages of an optimiser of the network's parameters."""
+    model, rng = language_model(SHAPE), np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    _, part = optimizers.slots_of(jax.eval_shape(optimizer_of(name).init, shapes))
+    slots = {slot: flat(getattr(part, slot)) for slot in optimizers.SLOTS[name]}
+    return Moments(
+        name,
+        count,
+        {
+            slot: {
+                one: of_array(rng.uniform(size=leaf.shape).astype(np.float32))
+                for one, leaf in of.items()
+                if leaf.shape != (1,)
+            }
+            for slot, of in slots.items()
+        },
+    )
+
+
+def model_in(folder, found=None):
+    """A model folder, with averages beside it."""
+    description = folders.ModelDescription("language_model", SHAPE, LENGTHS)
+    folders.describe(folder, description, "byte")
+    shapes = jax.eval_shape(language_model(SHAPE).init, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes
+    )
+    checkpoints.save_params(folder, params, "float32")
+    if found is not None:
+        moments.write(folder, found)
+    return folder
+
+
+def first_state(folder, name):
+    """The first state of a run with an optimiser that starts at a folder."""
+    model = language_model(SHAPE)
+    start = first_states.initial_state(
+        model.init,
+        str(folder),
+        0,
+        lambda params: supervised_step.init_state(params, optimizer_of(name)),
+    )
+    mesh = partitioning.make_mesh(MeshSettings())
+    shapes = start.shapes
+    lie = partitioning.step_shardings(
+        mesh, shapes, shapes.param_sets["params"], model.logical_axes, {}, {}
+    )
+    return start.on(mesh, lie.params, lie.state)
+
+
+def assert_same(found, wanted):
+    assert (found.optimizer, found.count) == (wanted.optimizer, wanted.count)
+    for slot, of in wanted.slots.items():
+        assert sorted(found.slots[slot]) == sorted(of)
+        for name, tensor in of.items():
+            np.testing.assert_array_equal(found.slots[slot][name].read(), tensor.read())
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_what_lies_beside_a_model_is_what_a_run_begins_with(tmp_path, caplog, name):
+    wanted = moments_like(name)
+    assert_same(moments.beside(model_in(tmp_path / "m", wanted) / "any"), wanted)
+    state = first_state(tmp_path / "m", name).opt_states["params"]
+    assert "goes on from" in caplog.text and "after 7 updates" in caplog.text
+    _, part = optimizers.slots_of(state)
+    assert int(part.count) == 7
+    for slot, of in wanted.slots.items():
+        there = flat(getattr(part, slot))
+        for one, leaf in there.items():
+            expected = of[one].read() if one in of else np.zeros(1)
+            np.testing.assert_array_equal(np.asarray(leaf), expected, err_msg=one)
+    assert int(state[-1].count) == 0  # of the learning rate's schedule
+
+
+def test_another_optimiser_begins_anew_and_says_so(tmp_path, caplog):
+    model_in(tmp_path / "m", moments_like("adafactor"))
+    state = first_state(tmp_path / "m", "adamw").opt_states["params"]
+    _, part = optimizers.slots_of(state)
+    assert int(part.count) == 0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(part))
+    assert "is of adafactor and this run's is adamw: it starts without" in caplog.text
+
+
+def test_averages_of_another_network_are_refused(tmp_path):
+    found = moments_like("adafactor")
+    found.slots["v_row"][TABLE] = of_array(np.zeros(3, np.float32))
+    model_in(tmp_path / "m", found)
+    said = rf"v_row/{TABLE} must have the shape \(128,\), got \(3,\)"
+    with pytest.raises(UserError, match=said):
+        first_state(tmp_path / "m", "adafactor")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    file = model_in(tmp_path / "m", moments_like("adafactor")) / moments.MOMENTS_FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"optimizer.safetensors is damaged: its dig"):
+        moments.for_start(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_a_run_of_ours_is_exported_with_its_state(tmp_path, capsys, name):
+    """From a step's folder, array by array, to T5X and back beside a model."""
+    run, wanted = model_in(tmp_path / "run"), moments_like(name, 5)
+    optimizer = optimizer_of(name)
+    params = nested({n: t.read() for n, t in our_weights.tensors_in(run).items()})
+    state = jax.jit(optimizer.init)(params)
+    _, part = optimizers.slots_of(state)
+    full = {
+        slot: nested(
+            flat(getattr(part, slot))
+            | {one: jnp.asarray(t.read()) for one, t in of.items()}
+        )
+        for slot, of in wanted.slots.items()
+    }
+    state = optimizers.with_slots(state, jnp.asarray(5, jnp.int32), full)
+    params = jax.tree.map(jnp.asarray, params)
+    (run / "params.safetensors").unlink()
+    with checkpoints.Checkpointer(run / "checkpoints") as saver:
+        step = jnp.asarray(2, jnp.int32)
+        saver.save(2, TrainState(step, {"params": params}, {"params": state}))
+    assert_same(our_weights.open_folder(run, {}).moments, wanted)
+    words = [f"--checkpoint={run}", f"--to={tmp_path / 't5x'}", "--format=t5x"]
+    assert conversions.export_model([*words, "--check"]) == 0
+    assert f"with the state of {name} after 5 updates, into" in capsys.readouterr().out
+    assert_same(t5x.open_t5x(tmp_path / "t5x" / "checkpoint_5", {}).moments, wanted)
+    words = [f"--from={tmp_path / 't5x'}", "--vocabulary=byte"]
+    assert conversions.import_model([*words, f"--to={tmp_path / 'back'}"]) == 0
+    assert_same(our_weights.open_folder(tmp_path / "back", {}).moments, wanted)
+    without = [f"--to={tmp_path / 'bare'}", "--optimizer=false"]
+    assert conversions.import_model([*words, *without]) == 0
+    assert not (tmp_path / "bare" / moments.MOMENTS_FILE).exists()
