@@ -24,8 +24,8 @@ from nlhf_jax.settings import (
     MemorySettings,
     MeshSettings,
     OptimizerSettings,
-    T5Settings,
 )
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,

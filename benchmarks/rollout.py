@@ -31,7 +31,8 @@ from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.preferences.inputs import pairwise_template
 from nlhf_jax.preferences.judges import learned_judge
 from nlhf_jax.preferences.pairwise import pairwise_preference_model
-from nlhf_jax.settings import OptimizerSettings, T5Settings
+from nlhf_jax.settings import OptimizerSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch
 
 NEVER = -1  # an end token that no logit belongs to

@@ -9,7 +9,7 @@ from typing import Any
 from nlhf_jax import cli, gin_bindings, gin_files
 from nlhf_jax.checks import UserError, check_choice, nearest
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 MOST_DEVICES = 65_536
 SWITCHES = ("fit", "plan", "json")

@@ -4,7 +4,7 @@
 import dataclasses
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
-from nlhf_jax.settings import LARGEST_LAYERS, T5Settings
+from nlhf_jax.t5_settings import LARGEST_LAYERS, T5Settings
 
 ACTIVATIONS = ("gelu", "gelu_exact", "silu")
 ROPE_SCALINGS = ("none", "linear", "llama3")

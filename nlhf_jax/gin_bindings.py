@@ -26,9 +26,10 @@ from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import JOBS, rehearsal
 from nlhf_jax.preferences.outside import OutsideJudge
 from nlhf_jax.preferences.raters import RaterPopulation
+from nlhf_jax.t5_settings import T5Settings
 
 SETTINGS = (
-    settings.T5Settings,
+    T5Settings,
     DecoderOnlySettings,
     settings.DataSettings,
     settings.LoraSettings,

@@ -8,7 +8,8 @@ import pytest
 from nlhf_jax.checks import UserError
 from nlhf_jax.jobs import adapters, evaluate, folders, policies
 from nlhf_jax.parameter_files import save_params
-from nlhf_jax.settings import LoraSettings, MemorySettings, T5Settings
+from nlhf_jax.settings import LoraSettings, MemorySettings
+from nlhf_jax.t5_settings import T5Settings
 from tests.lora_peft_test import adapters_of, base_of
 
 LORA = LoraSettings(2, 4.0, ("query", "wo"))

@@ -13,7 +13,7 @@ from nlhf_jax import parameter_files
 from nlhf_jax.checks import UserError
 from nlhf_jax.conversion import safetensors_files
 from nlhf_jax.conversion.tensors import Tensor, Weights, cast, of_array, turned
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 SHAPE = T5Settings(8, 4, 1, 4, 4, 1, 1)
 

@@ -14,7 +14,7 @@ from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.jobs import folders, our_weights
 from nlhf_jax.models.families import language_model
 from nlhf_jax.parameter_files import names_of, save_params
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 ROWS = 259  # ids of the byte vocabulary
 SMALL_T5 = functools.partial(

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "nlhf_jax"
 LAYERS = (
     (0, {"types": (), "checks": (), "huge_pages": ()}),
     (1, {"sequences": (), "settings": (), "global_arrays": ()}),
+    (1, {"t5_settings": ()}),
     (1, {"decoder_settings": ()}),
     (1, {"discovery": (), "compilation_cache": ()}),
     (1, {"roll_call": ()}),

@@ -22,12 +22,8 @@ from nlhf_jax.jobs.supervised import preference, reward, sft
 from nlhf_jax.jobs.train import train
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.raters import RaterPopulation
-from nlhf_jax.settings import (
-    DataSettings,
-    LoopSettings,
-    OptimizerSettings,
-    T5Settings,
-)
+from nlhf_jax.settings import DataSettings, LoopSettings, OptimizerSettings
+from nlhf_jax.t5_settings import T5Settings
 
 # The first test waits for all jobs before its own; tests/jobs_test.py is the suite's.
 pytestmark = [pytest.mark.timeout(280), pytest.mark.battery]

@@ -22,7 +22,8 @@ from nlhf_jax.jobs import (
     supervised,
 )
 from nlhf_jax.preferences.raters import RaterPopulation
-from nlhf_jax.settings import DataSettings, SamplingSettings, T5Settings
+from nlhf_jax.settings import DataSettings, SamplingSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import POLICY, REFERENCE, PromptBatch, Responses
 from tests.lora_peft_test import LLAMA
 from tests.supervised_toys import supervised_batch, toy_language_model

@@ -17,7 +17,8 @@ from nlhf_jax.conversion.tensors import Weights, cast, of_array
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.models import adapters as lora_of
 from nlhf_jax.models.families import language_model
-from nlhf_jax.settings import LoraSettings, T5Settings
+from nlhf_jax.settings import LoraSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PromptBatch
 
 LLAMA = DecoderOnlySettings(

@@ -16,7 +16,8 @@ from nlhf_jax.checks import UserError
 from nlhf_jax.jobs import policies
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.models.unembedding import chunked_token_scores
-from nlhf_jax.settings import MemorySettings, T5Settings
+from nlhf_jax.settings import MemorySettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PromptBatch
 from tests.battery import all_but
 

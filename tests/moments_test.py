@@ -13,7 +13,8 @@ from nlhf_jax.conversion.shapes import flat, nested
 from nlhf_jax.conversion.tensors import Moments, of_array
 from nlhf_jax.jobs import conversions, first_states, folders, moments, our_weights
 from nlhf_jax.models.families import language_model
-from nlhf_jax.settings import MeshSettings, OptimizerSettings, T5Settings
+from nlhf_jax.settings import MeshSettings, OptimizerSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

@@ -16,7 +16,8 @@ from nlhf_jax.jobs import adapters, folders, our_weights
 from nlhf_jax.jobs.policies import load_policy
 from nlhf_jax.models.adapters import merged
 from nlhf_jax.parameter_files import save_params
-from nlhf_jax.settings import LoraSettings, T5Settings
+from nlhf_jax.settings import LoraSettings
+from nlhf_jax.t5_settings import T5Settings
 from tests.lora_peft_test import LORA, adapters_of, base_of
 
 MODEL = T5Settings(384, 16, 2, 8, 20, 1, 1)

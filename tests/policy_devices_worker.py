@@ -16,7 +16,8 @@ from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.jobs import runs
 from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences.pairwise import pairwise_preference_model
-from nlhf_jax.settings import MeshSettings, T5Settings
+from nlhf_jax.settings import MeshSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import (
     POLICY,
     REFERENCE,

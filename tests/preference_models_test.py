@@ -16,7 +16,7 @@ from nlhf_jax.models.t5 import t5_language_model
 from nlhf_jax.preferences import inputs, judges
 from nlhf_jax.preferences.pairwise import pairwise_preference_model
 from nlhf_jax.preferences.reward import reward_model
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PreferenceModel, PromptBatch, Responses, RewardModel
 
 SETTINGS = T5Settings(40, 16, 2, 8, 32, 1, 1)

@@ -13,7 +13,8 @@ import numpy as np
 from nlhf_jax import checkpoints, partitioning, supervised_step
 from nlhf_jax.jobs import folders, runs
 from nlhf_jax.optimizers import make_optimizer
-from nlhf_jax.settings import MeshSettings, OptimizerSettings, T5Settings
+from nlhf_jax.settings import MeshSettings, OptimizerSettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import POLICY
 
 ANY_SHAPE = T5Settings(8, 4, 1, 4, 4, 1, 1)  # of a description that must be there

@@ -11,7 +11,7 @@ import pytest
 
 from nlhf_jax.models import layers
 from nlhf_jax.models.t5 import t5_language_model
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PromptBatch
 from tests.t5_toys import (
     BATCH,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlhf_jax.models.t5 import t5_language_model
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PromptBatch
 
 T5_1_1 = T5Settings(

@@ -25,7 +25,8 @@ from nlhf_jax.conversion import (
 )
 from nlhf_jax.conversion.shapes import flat, nested, parameter_shapes
 from nlhf_jax.conversion.tensors import Moments, Weights, of_array
-from nlhf_jax.settings import OptimizerSettings, T5Settings
+from nlhf_jax.settings import OptimizerSettings
+from nlhf_jax.t5_settings import T5Settings
 from tests.t5x_toys import NATIVE, ORBAX, SCANNED, assert_same, unpack
 
 # Every kernel but the narrow one's has both sides of at least 128; of `tall` the width

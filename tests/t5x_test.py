@@ -23,7 +23,7 @@ from nlhf_jax.conversion import (
 from nlhf_jax.conversion.shapes import check_complete, flat, nested
 from nlhf_jax.jobs import conversions
 from nlhf_jax.models.t5 import t5_language_model
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PromptBatch
 from tests.decoder_only_toys import FAMILIES, parameters
 from tests.t5_toys import T5_1_0, T5_1_1, initialised

@@ -10,7 +10,7 @@ from typing import Any
 
 from nlhf_jax.checks import UserError, check_choice, check_integer, check_range
 from nlhf_jax.decoder_settings import DecoderOnlySettings
-from nlhf_jax.settings import LARGEST_LAYERS
+from nlhf_jax.t5_settings import LARGEST_LAYERS
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 GEMMA = {"norm_plus_one": True, "scale_embedding": True}

@@ -11,7 +11,7 @@ from typing import Any
 from nlhf_jax.checks import UserError, check_choice
 from nlhf_jax.models.layers import MAX_DISTANCE, NORM_EPSILON, NUM_BUCKETS
 from nlhf_jax.models.t5 import EOS_ID, PAD_ID, START_ID
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 T5, MT5 = "t5", "mt5"
 FAMILIES = (T5, MT5)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's names of a T5's parameters; ours are T5X's."""
 
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 OUTSIDE = {
     "token_embedder/embedding": "shared.weight",

@@ -15,7 +15,7 @@ from nlhf_jax.conversion.shapes import flat, parameter_shapes
 from nlhf_jax.conversion.t5x_arrays import StoredArray
 from nlhf_jax.conversion.t5x_layouts import apart, separate_layers
 from nlhf_jax.conversion.tensors import Moments, Tensor, Weights
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 VOCABULARY = "vocabulary.model"
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from nlhf_jax.checks import UserError
 from nlhf_jax.conversion import t5x_settings
 from nlhf_jax.conversion.t5x_arrays import StoredArray
 from nlhf_jax.conversion.tensors import Tensor
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 LAYER = t5x_settings.LAYER
 SCANNED = re.compile(r"(encoder|decoder)/\1/(.+)")

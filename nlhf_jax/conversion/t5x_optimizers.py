@@ -32,7 +32,7 @@ from nlhf_jax.conversion import t5x_layouts as layouts
 from nlhf_jax.conversion.t5x_arrays import STATES, Checkpoint, Index, StoredArray
 from nlhf_jax.conversion.tensors import Moments, Tensor, of_array
 from nlhf_jax.optimizers import SLOTS, SMALLEST_FACTORED, is_factored, row_axis
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 ADAFACTOR, ADAMW = "adafactor", "adamw"
 ROW, COLUMN, WHOLE, MOMENTUM = ADAFACTOR_SLOTS = "v_row", "v_col", "v", "m"

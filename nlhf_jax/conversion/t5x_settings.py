@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nlhf_jax.checks import UserError
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 NUM_BUCKETS = 32
 LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/")

@@ -21,7 +21,7 @@ from nlhf_jax.conversion import t5x_layouts as layouts
 from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.shapes import nested
 from nlhf_jax.conversion.tensors import Moments, Tensor, Weights, of_array
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 LARGEST_CHUNK = 2**28  # bytes; larger arrays are cut along their first axis
 COMPRESSORS = {

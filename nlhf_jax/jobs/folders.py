@@ -29,7 +29,8 @@ from nlhf_jax.data.prompts import NO_TEMPLATE, OWN_IF_ANY, OWN_TEMPLATE
 from nlhf_jax.data.special_tokens import COMPANIONS, TEMPLATE_FILE, template_source
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.models.families import end_of
-from nlhf_jax.settings import LoraSettings, T5Settings
+from nlhf_jax.settings import LoraSettings
+from nlhf_jax.t5_settings import T5Settings
 
 DESCRIPTION_FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"

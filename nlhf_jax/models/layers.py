@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nlhf_jax.constraints import constrain, gather
 from nlhf_jax.models.products import product
 from nlhf_jax.models.shared_prompts import as_queries, as_rows
-from nlhf_jax.settings import T5Settings
+from nlhf_jax.t5_settings import T5Settings
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128

@@ -36,7 +36,8 @@ from nlhf_jax.models.layers import (
 )
 from nlhf_jax.models.stacking import through_layers
 from nlhf_jax.models.unembedding import check_chunks, chunked_token_scores
-from nlhf_jax.settings import MemorySettings, T5Settings
+from nlhf_jax.settings import MemorySettings
+from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import LanguageModel, PromptBatch
 
 PAD_ID, EOS_ID, START_ID = 0, 1, 0
