@@ -138,6 +138,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for row in ROWS
         if any(name in told for name in row.sides)
     ]
+    found["machine"]["device"] = (
+        told.get("peaks.jax", {}).get("facts", {}).get("device")
+    )
     peaks = {name: measured.peak(name) for name in ("flops_per_s", "read_bytes_per_s")}
     return found | {
         "peaks": peaks,

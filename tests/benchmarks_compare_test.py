@@ -13,6 +13,7 @@ from benchmarks import compare, figures, protocol, rows, sides, sizes, table
 from benchmarks.figures import Figure, Measured, Row
 
 TINY = sizes.SIZES["tiny"]
+pytestmark = pytest.mark.timeout(120)
 
 
 def side(variant, name=""):

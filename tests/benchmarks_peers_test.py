@@ -15,6 +15,7 @@ from benchmarks.peers.stepping import Stepper
 from benchmarks.protocol import Absent
 
 TINY = sizes.SIZES["tiny"]
+pytestmark = pytest.mark.timeout(120)
 FOLDER = pathlib.Path(t5x.__file__).parent
 
 
