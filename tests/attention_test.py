@@ -239,3 +239,42 @@ def test_only_layers_that_see_everything_before_are_causal(monkeypatch):
 def test_bad_settings_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         MemorySettings(**settings)
+
+
+@pytest.mark.battery
+def test_the_kernel_for_tpus_compiles_for_each_device_of_a_mesh():
+    """Forward and backward, rows split over four chips that need not exist."""
+    pytest.importorskip("libtpu", reason="no TPU compiler")
+    from nlhf_jax import partitioning
+    from nlhf_jax.decoder_settings import DecoderOnlySettings
+    from nlhf_jax.scale import chips
+    from nlhf_jax.settings import MeshSettings
+    from nlhf_jax.types import PromptBatch
+
+    settings = DecoderOnlySettings(64, 128, 1, 1, 128, 128, 1, dtype="bfloat16")
+    mesh = partitioning.make_mesh(MeshSettings(), chips.tpu("v5e:2x2").devices)
+    split = partitioning.batch_sharding(mesh)
+
+    def rows(dtype):
+        return jax.ShapeDtypeStruct((8, 64), dtype, sharding=split)
+
+    def text_of(way):
+        model = decoder_only_language_model(settings, MemorySettings(attention=way))
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=partitioning.replicated(mesh)
+            ),
+            jax.eval_shape(model.init, jax.random.key(0)),
+        )
+
+        def loss(params, prompts, tokens_BT):
+            scores = model.token_scores(params, prompts, tokens_BT, None)
+            return scores.log_probs_BT.sum()
+
+        prompts = PromptBatch(rows(jnp.int32), rows(bool))
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss)).lower(params, prompts, rows(jnp.int32))
+            return lowered.compile().as_text()
+
+    assert text_of("automatic").count("tpu_custom_call") == 2
+    assert "tpu_custom_call" not in text_of("recomputed")
