@@ -169,6 +169,12 @@ class Group:
             "--quiet",
         ]
 
+    def stale(self, created: Command) -> Command | None:
+        """Returns the deletion of a template: it may be of other flags."""
+        if created[: len(TEMPLATE)] != TEMPLATE:
+            return None
+        return [*TEMPLATE, "delete", self.name, *self._project(), "--quiet"]
+
     def delete(self) -> list[Command]:
         """Returns the calls that delete group, template and policy."""
         policy = [*POLICY, "delete", self.name, *self._region(), "--quiet"]

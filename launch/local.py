@@ -10,6 +10,7 @@ import os
 import pathlib
 import shlex
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from launch.errors import (
 )
 from launch.flags import Flag
 from launch.processes import Child, Signals, Tail, say
+from launch.repeats import Repeats
 from launch.retries import FAILURE, PREEMPTION, RetryBudget
 
 FLAGS = (
@@ -42,6 +44,13 @@ FLAGS = (
 # or knows it better, gives its own exit code. And from that signal to SIGKILL.
 SETTLE_SECONDS, END_SECONDS = 0.3, 0.7
 ESTABLISHED = "01"
+ASK_SECONDS = 60.0
+_ASK_PYTHON = """
+import importlib.util, sys
+missing = [name for name in ("gin", "jax") if importlib.util.find_spec(name) is None]
+old = "it is Python " + sys.version.split()[0]
+print(old if sys.version_info < (3, 11) else "no " + missing[0] if missing else "ready")
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +61,13 @@ class Ended:
       code: the exit code that says most.
       reason: one clause for the user.
       again: whether the whole job may be started again.
+      died: whether a process of the job ended so by itself.
     """
 
     code: int
     reason: str
     again: bool
+    died: bool = False
 
 
 def submit(options: SimpleNamespace, job: list[str]) -> int:
@@ -82,11 +93,38 @@ def _planned_python(options: SimpleNamespace) -> str:
 def _ready(options: SimpleNamespace, job: list[str]) -> list[str]:
     """The command of a process; makes the environment if there is none."""
     if options.python:
+        _check_python(options.python)
         return _command(options.python, job)
     try:
         return _command(str(here.prepare()), job)
     except here.SetupError as error:
         raise SubmitError(str(error)) from error
+
+
+def _check_python(python: str) -> None:
+    """Asks an interpreter what it is, before there is a log that stays empty.
+
+    Raises:
+      SubmitError: it is none of ours.
+    """
+    try:
+        done = subprocess.run(
+            [python, "-c", _ASK_PYTHON],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ASK_SECONDS,
+        )
+        said = done.stdout.strip()
+    except OSError as error:
+        said = error.strerror
+    except subprocess.TimeoutExpired:
+        said = "it does not answer"
+    if said != "ready":
+        raise SubmitError(
+            "--python must be an interpreter of Python 3.11 or later with the packages "
+            f"of requirements.lock, got {python}: {said or 'it runs no Python'}"
+        )
 
 
 def _command(python: str, job: list[str]) -> list[str]:
@@ -139,6 +177,7 @@ def supervise(options: SimpleNamespace, name: str, command: Sequence[str]) -> in
         options.pause_seconds,
         stable_seconds=options.stable_seconds,
     )
+    repeats = Repeats()
     with processes.locked(folder, name) as lock, Signals() as signals:
         while True:
             gang = Gang(options, command, folder, lock, signals)
@@ -147,6 +186,10 @@ def supervise(options: SimpleNamespace, name: str, command: Sequence[str]) -> in
                 break
             say(f"{ended.reason}; logs in {gang.folder}")
             kind = PREEMPTION if ended.code == SAVED else FAILURE
+            has_died = kind == FAILURE and ended.died
+            if has_died and (repeated := repeats.note(ended.code, gang.log)):
+                say(repeated)
+                return ended.code
             pause = pauses.spend(kind, gang.lasted)
             if pause is None:
                 say(f"no restart is left after a {kind}; the same command resumes")
@@ -173,6 +216,7 @@ class Gang:
 
     Attributes:
       folder: holds a log of each process.
+      log: of the first process, which shows the steps.
       lasted: seconds the attempt took.
     """
 
@@ -182,7 +226,8 @@ class Gang:
         self.folder = folder / f"attempt_{self._attempt}"
         self._lock, self._port = lock, free_port()
         self._children: list[Child] = []
-        self._tail = Tail(self.folder / "process_0.log")
+        self.log = self.folder / "process_0.log"
+        self._tail = Tail(self.log)
         self._started, self.lasted = time.monotonic(), 0.0
         self._met = options.processes == 1
         self._first_end: float | None = None
@@ -258,7 +303,8 @@ class Gang:
             return Ended(DONE, "done", False)
         index = next(i for i, c in ended.items() if c == code)
         cause = f"killed by signal {code - 128}" if codes[index] < 0 else f"exit {code}"
-        return Ended(code, f"process {index} ended ({cause})", not is_final(code))
+        reason = f"process {index} ended ({cause})"
+        return Ended(code, reason, not is_final(code), died=True)
 
     def _overdue(self, codes: list[int | None]) -> str:
         """What takes too long, as a clause; empty while nothing does."""

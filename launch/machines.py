@@ -84,6 +84,12 @@ class Machines(Protocol):
     def create(self) -> list[Command]:
         """Returns the calls that make the machines, in order."""
 
+    def stale(self, created: Command) -> Command | None:
+        """Returns the call that deletes what a call of `create` found there already.
+
+        None where it is the machines themselves, or nothing that flags change.
+        """
+
     def delete(self) -> list[Command]:
         """Returns the calls that delete everything `create` makes, in order."""
 

@@ -19,7 +19,11 @@ SETTLE_SECONDS, FINISH_SECONDS = 5.0, 600.0
 
 
 class Sessions:
-    """The connections of one attempt; whatever happens, all are ended."""
+    """The connections of one attempt; whatever happens, all are ended.
+
+    Attributes:
+      log: of the first worker, which shows the steps.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,8 @@ class Sessions:
         self._signals = signals
         self._children: list[Child] = []
         self._stopping: list[Child] = []
-        first = next(iter(commands))
-        self._tail = Tail(self._log(first))
+        self.log = self._log(next(iter(commands)))
+        self._tail = Tail(self.log)
 
     def _log(self, worker: tuple[str, int]) -> pathlib.Path:
         return self._folder / f"{worker[0]}_worker_{worker[1]}.log"

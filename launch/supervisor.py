@@ -26,6 +26,7 @@ from launch.errors import (
 )
 from launch.machines import MISSING, Action, Machines, Seen
 from launch.processes import Signals, say
+from launch.repeats import Repeats
 from launch.retries import FAILURE, PREEMPTION, RetryBudget
 
 # How often a call that may be repeated is, before the attempt counts as failed.
@@ -100,6 +101,9 @@ class Supervisor:
         self._pauses = RetryBudget(
             options.max_failures, options.max_preemptions, options.pause_seconds
         )
+        self._repeats = Repeats()
+        # Calls that made something: what they find there later is of these flags.
+        self._made: list[list[str]] = []
         # Whether this launcher, now or before it was killed, made what is there; None
         # until a look has been taken.
         self._ours: bool | None = None
@@ -204,6 +208,10 @@ class Supervisor:
         self._ours, self._used = True, False
         for command in self._machines.create():
             done = self._call(command, self._options.wait_seconds)
+            if done.problem == Problem.EXISTS and command not in self._made:
+                done = self._renewed(command) or done
+            if done.problem == Problem.NONE:
+                self._made.append(command)
             if done.problem in (Problem.NONE, Problem.EXISTS):
                 if done.problem == Problem.EXISTS:
                     # Whose it is, its label says at the next look.
@@ -215,6 +223,17 @@ class Supervisor:
             kind = PREEMPTION if done.problem == Problem.CAPACITY else FAILURE
             self._spend(kind, done.complaint)
             return
+
+    def _renewed(self, command: list[str]) -> Done | None:
+        """Makes anew what a killed launcher left and may be of other flags, if so."""
+        delete = self._machines.stale(command)
+        if delete is None:
+            return None
+        say(f"deleting what an earlier launcher left: {calls.shown(delete)}")
+        done = self._call(delete)
+        if done.problem not in (Problem.NONE, Problem.MISSING):
+            return done
+        return self._call(command, self._options.wait_seconds)
 
     def _replace(self, why: str) -> None:
         say(f"{self._machines.name} is {why}: deleted and made again")
@@ -294,7 +313,13 @@ class Supervisor:
             )
         if not _may_pass(code):
             return Verdict(code, None, how)
-        return Verdict(code, PREEMPTION if code == SAVED else FAILURE, how)
+        if code == SAVED:
+            return Verdict(code, PREEMPTION, how)
+        # gcloud's own failures say nothing of the job.
+        is_the_jobs = code not in (calls.TIMED_OUT, CONNECTION_LOST, 1)
+        if is_the_jobs and (repeated := self._repeats.note(code, attempt.log)):
+            return Verdict(code, None, f"{how}; {repeated}")
+        return Verdict(code, FAILURE, how)
 
     def _watch(self) -> Action:
         """What the machines' state asks of a running job: RUN, LEAVE or REPLACE."""

@@ -150,6 +150,10 @@ class TpuVms:
             ]
         ]
 
+    def stale(self, created: Command) -> Command | None:
+        """Returns nothing: the machines are all that is made."""
+        del created
+
     def delete(self) -> list[Command]:
         """Returns the call that deletes the request with its nodes, or the node.
 

@@ -4,6 +4,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -97,6 +98,7 @@ class _Reporter:
         self._programs = 1
         self._first: speed.FirstStep | None = None
         self._unwritten: dict[str, float] = {}
+        self._has_evaluated = False
         self.clock = speed.Clock()
 
     def say(self, text: str) -> None:
@@ -157,6 +159,20 @@ class _Reporter:
         if self._first is not None:
             self.say(f"{self.clock.summary()}; {self._first.sentence()}")
         speed.begin()
+
+    def evaluated(
+        self, evaluate: Callable[[TrainState], Mapping[str, float]], state: TrainState
+    ) -> Mapping[str, float]:
+        """Evaluates; the first time its programs are made, which is announced."""
+        if self._has_evaluated:
+            return evaluate(state)
+        self._has_evaluated = True
+        self.say("compiling the evaluation ...")
+        start = time.perf_counter()
+        found = evaluate(state)
+        seconds = time.perf_counter() - start
+        self.say(f"the first evaluation took {seconds:.1f} s, its compilation included")
+        return found
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
@@ -266,7 +282,7 @@ def train_loop(
         stop.listen()
         if progressed.owes_evaluation and evaluate is not None:
             dog.now("evaluation", f"the evaluation after step {start_step}")
-            writer.write(start_step, evaluate(state))
+            writer.write(start_step, reporter.evaluated(evaluate, state))
         for step in range(start_step, last):
             done = step + 1
             with window.around(done, reporter.idle):
@@ -287,7 +303,8 @@ def train_loop(
             if is_evaluated and not is_owed:
                 with reporter.idle():
                     dog.now("evaluation", f"the evaluation after step {done}")
-                    facts["evaluation"] = dict(evaluate(state))
+                    found = reporter.evaluated(evaluate, state)
+                    facts["evaluation"] = dict(found)
                     writer.write(done, facts["evaluation"])
             is_due = asked_to_stop or _is_due(done, settings.checkpoint_period, last)
             if is_due or checkpointer.retry_is_due(done):

@@ -13,8 +13,8 @@ import pytest
 
 from nlhf_jax import cli, compile_command, partitioning
 from nlhf_jax.checks import UserError
+from nlhf_jax.jobs import abstract_batches, plans, programs, runs, train
 from nlhf_jax.jobs import compile as compile_job
-from nlhf_jax.jobs import plans, programs, runs, train
 from nlhf_jax.jobs.judges import LoadedJudge
 from nlhf_jax.jobs.policies import Policy
 from nlhf_jax.scale import chips, words
@@ -377,6 +377,16 @@ def test_verdicts():
 )
 def test_sizes(value, text):
     assert words.size(value) == text
+
+
+def test_shapes_of_parameters_are_made_once(shape, tmp_path):
+    program(tmp_path, shape)
+    before = abstract_batches._made_by.cache_info()
+    # The search for the largest batch builds the program anew for each size.
+    program(tmp_path, shape)
+    after = abstract_batches._made_by.cache_info()
+    assert after.misses == before.misses
+    assert after.hits > before.hits
 
 
 def test_plans_count_arguments_exactly(shape, tmp_path):

@@ -203,6 +203,28 @@ HISTORIES = {
         code=42,
         says="no restart is left after a failure",
     ),
+    "dies at the same step again and again": History(
+        answers(run=[{"code": 137, "output": "train 12/500  0:41 left  x 1\n"}] * 9),
+        f"{UP} {RUN} stop {RUN} stop {RUN} {DOWN}",
+        code=137,
+        says="exit code 137 after step 12 3 times in a row",
+        flags=("--max_failures=9",),
+    ),
+    "dies, but further on each time": History(
+        answers(
+            run=[
+                {"code": 137, "output": f"train {step}/500  0:41 left\n"}
+                for step in (12, 12, 13, 13, 14, 14)
+            ]
+        ),
+        f"{UP} {RUN} stop {RUN} stop {RUN} stop {RUN} {DOWN}",
+        flags=("--max_failures=9",),
+    ),
+    "loses its connection at the same step": History(
+        answers(run=[DROPPED | {"output": "train 12/500  0:41 left\n"}] * 6),
+        f"{UP} {RUN} stop {RUN} stop {RUN} stop {RUN} {DOWN}",
+        flags=("--max_failures=9",),
+    ),
     "one worker dies": History(
         answers(run=[{"hang": True}, {"code": 137}]),
         f"{UP} {RUN} stop {RUN} {DOWN}",

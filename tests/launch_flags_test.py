@@ -134,8 +134,28 @@ def test_whoever_reads_no_more_is_no_error():
 
 def test_a_log_folder_that_cannot_be_is_one_sentence(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    words = [*LOCAL, f"--log_dir={tmp_path}/file", "--python=/bin/true", *JOB]
-    assert "cannot be written: Not a directory" in refused(words, capsys)
+    words = [*LOCAL, f"--log_dir={tmp_path}/file", f"--python={sys.executable}"]
+    assert "cannot be written: Not a directory" in refused([*words, *JOB], capsys)
+
+
+@pytest.mark.parametrize(
+    ("python", "why"),
+    [
+        ("/bin/true", "it runs no Python"),
+        ("/nowhere/python", "No such file or directory"),
+        ("OLD", "it is Python 2.7"),
+    ],
+)
+def test_a_wrong_python_is_one_sentence_and_no_log(python, why, capsys, tmp_path):
+    if python == "OLD":
+        python = str(tmp_path / "python")
+        pathlib.Path(python).write_text("#!/bin/sh\necho it is Python 2.7\n")
+        pathlib.Path(python).chmod(0o755)
+    words = [*LOCAL, f"--log_dir={tmp_path}/logs", f"--python={python}", *JOB]
+    line = refused(words, capsys)
+    assert "--python must be an interpreter of Python 3.11 or later" in line
+    assert line.endswith(f"got {python}: {why}")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_what_stands_after_the_dashes_is_the_jobs():

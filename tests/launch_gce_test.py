@@ -56,8 +56,22 @@ HISTORIES = {
             "lives": [["RUNNING"]],
             "answers": {"template-create": [{"code": 1, "errors": "already exists"}]},
         },
-        # The template is the fake's to delete only where it was made.
-        f"{UP} stop stop {RUN} {DOWN}",
+        # It may be of other flags, and the group that it was for is not there.
+        f"template-create template-delete {UP} {RUN} {DOWN}",
+        says="deleting what an earlier launcher left: gcloud compute instance-templ",
+    ),
+    "somebody else's group needs the template": History(
+        {
+            "answers": {
+                "template-create": [{"code": 1, "errors": "already exists"}],
+                "template-delete": [
+                    {"code": 1, "errors": "ERROR: PERMISSION_DENIED: in use"}
+                ],
+            },
+        },
+        f"template-create template-delete {DOWN}",
+        code=2,
+        says="gcloud refuses: ERROR: PERMISSION_DENIED: in use",
     ),
     "the template is refused": History(
         {

@@ -72,6 +72,8 @@ for act in acts:
         os.kill(os.getpid(), signal.SIGKILL)
     elif act == "pause":
         time.sleep(0.3)
+    elif str(act).startswith("step"):
+        pass  # it is printed, as every act is
     else:
         os._exit(act)
 os._exit(0)
@@ -215,10 +217,41 @@ def test_final_codes_are_not_retried(folder, code, shown):
 
 
 def test_retries_are_bounded(folder, capfd):
-    words = command(folder, all=["kill"])
+    words = command(folder, all=["kill"], a2p0=[139])
     assert local.supervise(options(folder, processes=1), "job", words) == 137
     assert attempts(folder) == 3
     assert "no restart is left after a failure" in capfd.readouterr().err
+
+
+def test_three_deaths_at_one_step_are_the_jobs_own_doing(folder, capfd):
+    # Process 1 dies; process 0 shows the steps, 7 the last each time.
+    words = command(folder, all=["wait", "kill"], p0=["step 7", "wait", "hang"])
+    chosen = options(folder, max_failures=9)
+    assert local.supervise(chosen, "job", words) == 137
+    assert attempts(folder) == 3
+    *_, line = capfd.readouterr().err.splitlines()
+    assert "exit code 137 after step 7 3 times in a row" in line
+    assert str(folder / "logs/job/attempt_3/process_0.log") in line
+
+
+def test_deaths_at_other_steps_are_bad_luck(folder, capfd):
+    steps = {f"a{n}p0": [f"step {n // 2}", "kill"] for n in range(1, 5)}
+    words = command(folder, all=[0], **steps)
+    chosen = options(folder, processes=1, max_failures=9)
+    assert local.supervise(chosen, "job", words) == 0
+    assert attempts(folder) == 5
+
+
+def test_deaths_before_the_first_step(folder, capfd):
+    chosen = options(folder, processes=1, max_failures=9)
+    words = command(folder, all=["kill"])
+    assert local.supervise(chosen, "job", words) == 137
+    assert attempts(folder) == 3
+    assert "before its first step 3 times" in capfd.readouterr().err
+    # Who asks for a restart before its first step waits for somebody.
+    asks = options(folder, processes=1, max_failures=3)
+    assert local.supervise(asks, "asks", command(folder, all=[42])) == 42
+    assert "no restart is left" in capfd.readouterr().err
 
 
 def test_preemptions_are_counted_apart(folder):

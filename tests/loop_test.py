@@ -53,6 +53,17 @@ class Recorder:
         return [step for name, step, _ in self.calls if name == kind]
 
 
+class _Talker(Recorder):
+    """A recorder that keeps what is said."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
 def _count(state, batch, key):
     """A step whose parameter and loss are the number of steps done."""
     del batch, key
@@ -495,3 +506,17 @@ def test_the_writer_is_synced_before_each_checkpoint():
     names = [name for name, _, _ in recorder.calls]
     saves = [index for index, name in enumerate(names) if name == "save"]
     assert len(saves) == 3 and all(names[index - 1] == "sync" for index in saves)
+
+
+def test_the_first_evaluation_is_announced_for_it_compiles():
+    talker = _Talker()
+    settings = _settings(train_steps=6, eval_period=2)
+    _run(talker, settings, evaluate=lambda state: {"eval/kl": 0.0})
+    first, then = [text for text in talker.said if "evaluation" in text]
+    assert first == "compiling the evaluation ..."
+    assert then.startswith("the first evaluation took ")
+    assert then.endswith(" s, its compilation included")
+    # Where nothing is evaluated nothing is said.
+    silent = _Talker()
+    _run(silent, _settings(train_steps=2))
+    assert not any("evaluation" in text for text in silent.said)

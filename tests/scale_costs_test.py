@@ -190,8 +190,49 @@ def test_a_roofline_is_the_longest_of_three():
     )
     limits = needs.roofline(analysis, chip, 2)
     # A ring of four sends three quarters, twice.
-    np.testing.assert_allclose(limits, (3.0, 1.0, 1.5))
+    np.testing.assert_allclose(limits, (3.0, 1.0, 1.5, 0.0))
     assert (limits.step, limits.bound_by) == (3.0, "compute")
+
+
+SEND = """
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[8,128]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[8,128]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %host = (f32[8,128]{1,0}, u32[], token[]) send(%x, %token), channel_id=3, is_host_transfer=true
+  ROOT %done = f32[8,128]{1,0} copy(%x)
+}
+"""  # noqa: E501
+
+
+def test_what_leaves_a_slice_is_counted_once_and_apart():
+    (found,) = costs.analyse(SEND).collectives
+    assert found.kind == costs.BETWEEN_SLICES + "all-reduce"
+    assert (found.group_size, found.count, found.num_bytes) == (
+        *(4, Times(1, 0)),
+        Times(8 * 128 * 4, 0),
+    )
+    two = SEND.replace("{1:4}x", "{1,2}x")
+    assert costs.analyse(two).collectives[0].group_size == 2
+    chip = CHIPS["v5e"]
+    analysis = costs.Analysis(costs.NEVER, costs.NEVER, (found,), 0)
+    limits = needs.roofline(analysis, chip, 1)
+    # A ring of four, as above, but over the slower network.
+    assert limits.slices == pytest.approx(1.5 * 4096 / chip.dcn_bandwidth)
+    assert (limits.network, limits.bound_by) == (0.0, "slices")
+    assert needs.roofline(analysis, CHIPS["v4"], 1).slices == 0.0
+
+
+@pytest.mark.parametrize(
+    ("chip", "published", "chips"),
+    [("v5e", 6.4e12, 256), ("v5p", 50e9, 1), ("v6e", 25.6e12, 256)],
+)
+def test_the_network_between_slices_as_published(chip, published, chips):
+    # Bits a second of a pod, or of a chip.
+    assert CHIPS[chip].dcn_bandwidth == published / 8 / chips
+    shown = f"{published / 1e12:g} T" if chips > 1 else f"{published / 1e9:g} G"
+    assert f"between slices {shown}b/s" in " ".join(CHIPS[chip].source.split())
 
 
 @pytest.mark.parametrize(
@@ -221,4 +262,4 @@ def test_a_compiled_program_reports_itself():
     found = needs.as_json(needs.compile_traced(fn), {"x": 1}, CHIPS["v4"], 1)
     assert found["flops"] == LAYERS * ONE
     assert found["memory"]["total"] > found["memory"]["arguments"] > 0
-    assert found["roofline"]["bound_by"] in ("compute", "memory", "network")
+    assert found["roofline"]["bound_by"] in needs.Roofline._fields

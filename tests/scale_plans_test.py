@@ -23,22 +23,40 @@ T5Settings.num_decoder_layers = {layers}
 T5Settings.dtype = '{dtype}'
 T5Settings.mlp_activations = ('gelu', 'linear')
 """
+DECODER = """
+DecoderOnlySettings.vocab_size = {vocabulary}
+DecoderOnlySettings.emb_dim = {width}
+DecoderOnlySettings.num_heads = {heads}
+DecoderOnlySettings.num_kv_heads = 2
+DecoderOnlySettings.head_dim = 64
+DecoderOnlySettings.mlp_dim = {hidden}
+DecoderOnlySettings.num_layers = {layers}
+DecoderOnlySettings.dtype = '{dtype}'
+"""
 SMALL = {"vocabulary": 8192, "width": 256, "layers": 2, "dtype": "float32"}
 SCANNED = ["--gin.REMAT='full'", "--gin.SCAN_LAYERS=True", "--gin.NUM_VOCAB_CHUNKS=4"]
 WHOLE = ["--gin.REMAT='none'", "--gin.SCAN_LAYERS=False", "--gin.NUM_VOCAB_CHUNKS=1"]
 
 
-def arguments(folder: pathlib.Path, job: str, shape: dict, size: tuple) -> list[str]:
+def arguments(
+    folder: pathlib.Path, job: str, shape: dict, size: tuple, text: str = SHAPE
+) -> list[str]:
     """Returns the words of a job with a shape and (prompt, response, batch)."""
     prompt, response, batch = size
     heads, hidden = shape["width"] // 64, shape["width"] * 11 // 4
     file = folder / "shape.gin"
-    file.write_text(SHAPE.format(**shape, heads=heads, hidden=hidden))
-    found = [f"--job={job}", f"--gin_file=configs/runs/{job}.gin", f"--model={file}"]
+    file.write_text(text.format(**shape, heads=heads, hidden=hidden))
+    if job == "train":
+        found = ["--job=train", "--gin_file=configs/algorithms/nash_md_pg.gin"]
+        found += [f"--reference_model={file}", f"--preference_model={file}"]
+        found += [f"--gin.MAX_DECODE_LENGTH={response}"]
+    else:
+        found = [f"--job={job}", f"--gin_file=configs/runs/{job}.gin"]
+        found += [f"--model={file}"]
     found += [f"--gin.BATCH_SIZE={batch}"]
     lengths = {"inputs": prompt, "targets": response}
     found += [f"--gin.TASK_FEATURE_LENGTHS={lengths}"]
-    return found + ["--gin.TRAIN_FILE=a.jsonl"] * (job != "sft")
+    return found + ["--gin.TRAIN_FILE=a.jsonl"] * (job in ("preference", "reward"))
 
 
 def total(*given: str) -> float:
@@ -70,6 +88,15 @@ def test_plans_on_eight_fake_devices(job, flags, tmp_path):
     planned = total(*given, "--cpu_devices=8", "--plan")
     compiled = total(*given, "--cpu_devices=8")
     assert planned == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("text", [SHAPE, DECODER], ids=["t5", "decoder_only"])
+def test_plans_of_policy_optimisation(text, tmp_path):
+    """The whole step, rollout and score and update, with layers in a loop."""
+    given = arguments(tmp_path, "train", SMALL, (128, 64, 64), text)
+    given += ["--gin.FSDP=8", *SCANNED, "--cpu_devices=8"]
+    assert total(*given, "--plan") == pytest.approx(total(*given), rel=0.1)
 
 
 def test_a_plan_says_that_it_is_one():

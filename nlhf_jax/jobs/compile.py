@@ -150,7 +150,10 @@ def head(one: Program, target: chips.Target, mesh: Mesh) -> dict[str, Any]:
         "job": one.job,
         "target": target.name,
         "num_devices": len(target.devices),
-        "mesh": {"slice": one.mesh.slice} | dict(mesh.shape),
+        # Along the mesh's own `data` lie the slices and, in each, `data` as it was set.
+        "mesh": {"slice": one.mesh.slice}
+        | dict(mesh.shape)
+        | {"data": mesh.shape["data"] // one.mesh.slice},
         "batch_size": one.loop.batch_size,
         "num_microbatches": one.loop.num_microbatches,
         "rows_per_device": one.loop.batch_size // partitioning.num_row_parts(mesh),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from nlhf_jax import flops, partitioning
 from nlhf_jax.jobs.programs import Program, Share, program
 from nlhf_jax.scale import liveness, needs
+from nlhf_jax.scale.chips import chip_of
 from nlhf_jax.scale.costs import Times
 
 
@@ -64,14 +65,20 @@ def plan(
     part = _part(job, bindings, given, mesh, whole)
     with jax.set_mesh(mesh):
         jaxpr = part.jaxpr()
-    split = [_is_split(one) for one in jax.tree.leaves((lie.state, lie.frozen))]
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    split = [_split_axis(one) for one in jax.tree.leaves((lie.state, lie.frozen))]
+    if not is_cpu:
+        # A TPU's gather writes the layout that its reader wants.
+        split = [min(axis, 1) for axis in split]
     num_state = len(jax.tree.leaves(part.state))
     temporaries = liveness.peak_bytes(
         jaxpr,
         _size_of(mesh),
-        split=split + [False] * (len(jaxpr.in_avals) - len(split)),
+        split=split + [0] * (len(jaxpr.in_avals) - len(split)),
         num_parts=mesh.shape["fsdp"],
         donated=range(num_state),
+        is_concurrent=is_cpu,
+        fast_bytes=chip.vmem_bytes if (chip := chip_of(mesh.devices.flat[0])) else 0.0,
     )
     return Plan(arguments, int(temporaries), flops.of_traced(jaxpr))
 
@@ -97,8 +104,11 @@ def _part(
     return dataclasses.replace(whole, batch=batch)
 
 
-def _is_split(sharding: Any) -> bool:
-    return "fsdp" in sharding.spec
+def _split_axis(sharding: Any) -> int:
+    """Returns 0 for what `fsdp` leaves whole, 1 if its first axis is split, else 2."""
+    if "fsdp" not in sharding.spec:
+        return 0
+    return 1 if sharding.spec[0] == "fsdp" else 2
 
 
 def _size_of(mesh: Mesh) -> liveness.SizeOf:

@@ -27,7 +27,7 @@ from nlhf_jax.jobs import (
     supervised,
     train,
 )
-from nlhf_jax.jobs.abstract_batches import prompts_of, responses_of
+from nlhf_jax.jobs.abstract_batches import params_of, prompts_of, responses_of
 from nlhf_jax.jobs.shares import WHOLE, Share
 from nlhf_jax.models.adapters import with_base
 from nlhf_jax.models.families import language_model
@@ -209,13 +209,9 @@ def _one_id_a_word(text: str) -> list[int]:
     return [2] * len(text.split())
 
 
-def _params(network: Any) -> PyTree:
-    return jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-
-
 def _frozen(network: Any, memory: MemorySettings) -> PyTree:
     return jax.eval_shape(
-        lambda params: policies.as_frozen(params, memory), _params(network)
+        lambda params: policies.as_frozen(params, memory), params_of(network)
     )
 
 
@@ -268,9 +264,9 @@ def _policy_program(
     return Program(
         job=job,
         step=step,
-        state=jax.eval_shape(step.init_state, _params(trained)),
+        state=jax.eval_shape(step.init_state, params_of(trained)),
         frozen={name: _frozen(net, memory) for name, net in frozen.items()}
-        | {name: _params(net) if net else {} for name, net in shared.items()},
+        | {name: params_of(net) if net else {} for name, net in shared.items()},
         batch=prompts_of(loop.batch_size, lengths["inputs"]),
         logical_axes=trained.logical_axes,
         frozen_axes={name: net.logical_axes for name, net in frozen.items()}
@@ -348,7 +344,7 @@ def _supervised_program(
     return Program(
         job=job,
         step=step,
-        state=jax.eval_shape(step.init_state, _params(trained)),
+        state=jax.eval_shape(step.init_state, params_of(trained)),
         frozen={BASE: _frozen(network, memory)} if lora else {},
         batch=batch,
         logical_axes=trained.logical_axes,

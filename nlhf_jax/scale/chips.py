@@ -12,7 +12,7 @@ import jax
 
 from nlhf_jax.checks import UserError, check_integer, nearest
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 class Chip(NamedTuple):
@@ -25,6 +25,9 @@ class Chip(NamedTuple):
       usable_bytes: what of it the compiler gives to programs, as its own error says.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that leave the chip over all its fast links; 0 unknown.
+      dcn_bandwidth: bytes/s of a chip to other slices, over the data-centre network; 0
+        where none is published.
+      vmem_bytes: of a core's vector memory, which holds what the next operation reads.
       axes: of a topology's name: 2 for 4x4, 3 for 4x4x4.
       config: further arguments of the topology.
       known: common topologies.
@@ -37,6 +40,8 @@ class Chip(NamedTuple):
     usable_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
+    dcn_bandwidth: float
+    vmem_bytes: float
     axes: int
     config: dict[str, Any]
     known: tuple[str, ...]
@@ -46,6 +51,7 @@ class Chip(NamedTuple):
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
+# Vector memory is as jax/_src/pallas/mosaic/tpu_info.py of jax has it, for each core.
 CHIPS = {
     "v4": Chip(
         "TPU v4",
@@ -54,6 +60,8 @@ CHIPS = {
         30.75 * GIB,
         1200e9,
         300e9,
+        0.0,
+        16 * MIB,
         3,
         {"chip_config_name": "megacore"},
         _CUBES,
@@ -67,11 +75,13 @@ CHIPS = {
         15.75 * GIB,
         819e9,
         200e9,
+        3.125e9,
+        128 * MIB,
         2,
         {},
         _FLAT,
         "cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB at 819 GB/s; links 1600 "
-        "Gb/s",
+        "Gb/s; between slices 6.4 Tb/s a pod of 256",
     ),
     "v5p": Chip(
         "TPU v5",
@@ -80,11 +90,13 @@ CHIPS = {
         95.74 * GIB,
         2765e9,
         600e9,
+        6.25e9,
+        64 * MIB,
         3,
         {"chip_config_name": "megacore"},
         _CUBES,
         "cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GB at 2765 GB/s; links 4800 "
-        "Gb/s",
+        "Gb/s; between slices 50 Gb/s",
     ),
     "v6e": Chip(
         "TPU v6 lite",
@@ -93,11 +105,13 @@ CHIPS = {
         31.25 * GIB,
         1640e9,
         448e9,
+        12.5e9,
+        128 * MIB,
         2,
         {},
         _FLAT,
         "cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB at 1640 GB/s; links 3584 "
-        "Gb/s",
+        "Gb/s; between slices 25.6 Tb/s a pod of 256",
     ),
 }
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)+)")

@@ -25,6 +25,10 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# What goes from slice to slice is a `send` to the runtime that joins them, and back.
+BETWEEN_SLICES = "between slices, "
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _WINDOW = re.compile(r"(\w+)=([\dx_\-]+)")
 # Instructions that touch no memory by themselves.
 _FREE = {
@@ -69,8 +73,9 @@ class Collective(NamedTuple):
     """All communication of one kind between groups of one size.
 
     Attributes:
-      kind: one of `COLLECTIVES`.
-      group_size: devices that take part together.
+      kind: one of `COLLECTIVES`; with `BETWEEN_SLICES` before it where it leaves the
+        slice.
+      group_size: devices, or slices, that take part together.
       count: how often it runs.
       num_bytes: of the larger of what goes in and what comes out, on one device.
     """
@@ -250,6 +255,18 @@ def _group_size(rest: str) -> int:
     return 2 if "source_target_pairs" in rest else 0
 
 
+def _between_slices(one: Instruction, times: Times) -> Collective | None:
+    """Returns what an instruction sends to other slices, if it does."""
+    found = _TRANSFER.search(one.rest)
+    if one.opcode != "send" or found is None:
+        return None
+    kind = BETWEEN_SLICES + found[1].lower().replace("_", "-")
+    target = _SLICES.search(one.rest)
+    ids = [part.split(":") for part in target[1].split(",")] if target else []
+    size = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ids)
+    return Collective(kind, size, times, times * float(one.arrays[0].num_bytes))
+
+
 def _collective(
     name: str, one: Instruction, computation: Computation, times: Times
 ) -> Collective | None:
@@ -284,7 +301,8 @@ class _Walk:
             if not is_fused:
                 moved = bytes_of(one, computation, self.computations)
                 self.num_bytes = self.num_bytes.plus(times * moved)
-            if found := _collective(name, one, computation, times):
+            found = _collective(name, one, computation, times)
+            if found := found or _between_slices(one, times):
                 self._add(found)
             for inner, its_times, fused in self._calls(one, times):
                 self.visit(inner, its_times, is_fused or fused)

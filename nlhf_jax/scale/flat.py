@@ -9,7 +9,8 @@ class Use(NamedTuple):
     """One operation of a flattened program.
 
     Attributes:
-      name: of the primitive; "whole" and "split" are layouts asked of a parameter.
+      name: of the primitive; "whole" and "split" are layouts asked of a parameter, and
+        "turned" is what was put together, as its reader wants it.
       reads: values it reads.
       writes: values it makes.
       bodies: programs it runs, each on the reads after the first `skipped`.
@@ -42,6 +43,7 @@ class Flat:
         self.uses: list[Use] = []
         self.avals: list[Any] = []
         self._seen: dict[Any, list[int]] = {}
+        self._loop: Any = None  # the loop of one step whose body is being inlined
         closed = getattr(jaxpr, "jaxpr", jaxpr)
         names = (*closed.constvars, *closed.invars)
         self.inputs = [self._new(v.aval) for v in names]
@@ -94,7 +96,9 @@ class Flat:
         for place, variable in enumerate(body.invars[start:], start):
             reads[place] = self._one("squeeze", reads[place], variable.aval)
         names = (*body.constvars, *body.invars)
+        outer, self._loop = self._loop, equation
         outs = self._inline(body, dict(zip(names, given + reads, strict=True)))
+        self._loop = outer
         stacked = zip(outs, equation.outvars, strict=True)
         return [
             self._one("reshape", out, variable.aval)
@@ -113,11 +117,18 @@ class Flat:
         key = None
         if not use.bodies:
             params = sorted(equation.params.items())
-            key = (use.name, use.reads, str(params), str(equation.outvars[0].aval))
+            # Messages are placed before a loop of one step is found to be none: what
+            # was sent outside it is sent again inside.
+            place = self._loop if use.name == "whole" else None
+            key = use.name, use.reads, str(params), str(equation.outvars[0].aval), place
             if key in self._seen:
                 return self._seen[key]
         writes = [self._new(v.aval) for v in equation.outvars]
         self.uses.append(use._replace(writes=tuple(writes)))
+        if use.name == "whole":
+            turned = self._new(equation.outvars[0].aval)
+            self.uses.append(Use("turned", (writes[0],), (turned,)))
+            writes = [turned]
         if key is not None:
             self._seen[key] = writes
         return writes

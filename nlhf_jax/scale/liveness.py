@@ -10,67 +10,16 @@ A parameter that is split along `fsdp` is followed: what is computed from it alo
 split too, until a layout constraint asks for it whole.
 """
 
+import collections
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nlhf_jax.scale import buffers, orders
 from nlhf_jax.scale.flat import Flat, Use
 
-# Operations whose result is written to memory, whoever reads it.
-_WRITTEN = {
-    "dot_general",
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_and",
-    "reduce_or",
-    "argmax",
-    "cumsum",
-    "sort",
-    "gather",
-    "scatter",
-    "scatter-add",
-    "scatter_add",
-    "concatenate",
-    "stack",
-    "dynamic_update_slice",
-    "random_bits",
-    "scan",
-    "while",
-    "cond",
-}
-# Operations so cheap that each reader does them again.
-_CHEAP = {
-    "convert_element_type",
-    "transpose",
-    "reshape",
-    "squeeze",
-    "copy",
-    "broadcast_in_dim",
-    "iota",
-    "slice",
-    "select_n",
-    "eq",
-    "lt",
-    "gt",
-    "ge",
-    "le",
-    "and",
-    "or",
-    "not",
-    "pad",
-    "sharding_constraint",
-    "whole",
-    "split",
-    "stop_gradient",
-    "dynamic_slice",
-    "random_unwrap",
-    "random_wrap",
-    "neg",
-}
-_IN_PLACE = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
-
+SHORT = 8
 SizeOf = Callable[[Any], float]
 
 
@@ -103,93 +52,146 @@ def peak_bytes(
     jaxpr: Any,
     size_of: SizeOf = bytes_of,
     *,
-    split: Sequence[bool] = (),
+    split: Sequence[int] = (),
     num_parts: int = 1,
     donated: Sequence[int] = (),
+    is_concurrent: bool = False,
+    fast_bytes: float = 0.0,
 ) -> float:
     """Returns the most bytes alive at once, inputs of the whole left out.
 
     Args:
       jaxpr: a closed jaxpr with the shapes of one device, but for what is split.
       size_of: abstract value -> bytes that a device holds of it.
-      split: inputs of which a device holds one part in `num_parts`; none if empty.
+      split: for each input 0 if it is whole, 1 if a device holds one part in
+        `num_parts` of its first axis, 2 of another, and what is put together of it is
+        turned before it is read; all are whole if empty.
       num_parts: see there.
       donated: outputs that are written where an input lay.
+      is_concurrent: whether the compiler orders operations for as many side by side as
+        there can be (CPUs), and not for few arrays at a time (TPUs).
+      fast_bytes: of a memory beside the main one. Arrays that are read by one of the
+        next `SHORT` operations and no later lie in half of it, as far as they fit; the
+        other half is for what operations fetch ahead and hold by themselves.
     """
     flat = Flat(jaxpr)
-    return _Peak(size_of, num_parts).of(flat, split, frozenset(donated))[0]
+    walk = _Peak(size_of, num_parts, is_concurrent, fast_bytes)
+    return walk.of(flat, split, frozenset(donated))[0]
 
 
 class _Peak:
     """The walk through a program and, once each, the programs inside it."""
 
-    def __init__(self, size_of: SizeOf, num_parts: int):
+    def __init__(
+        self, size_of: SizeOf, num_parts: int, is_concurrent: bool, fast_bytes: float
+    ):
         self._size_of = size_of
         self._num_parts = num_parts
-        self._known: dict[Any, tuple[float, list[bool]]] = {}
+        self._is_concurrent = is_concurrent
+        self._fast_bytes = fast_bytes
+        self._known: dict[Any, tuple[float, list[int]]] = {}
         self._flats: dict[int, Flat] = {}
 
     def of(
-        self, flat: Flat, split: Sequence[bool], free: frozenset[int]
-    ) -> tuple[float, list[bool]]:
+        self, flat: Flat, split: Sequence[int], free: frozenset[int]
+    ) -> tuple[float, list[int]]:
         """Returns the peak, and which outputs are split; outputs in `free` are free."""
         parts, inside = self._follow(flat, split)
-        written = _written(flat, parts)
-        roots, born = _roots(flat, written)
-        last = _last_uses(flat, roots, written)
+        written = buffers.written(flat, parts)
+        roots, born = buffers.roots(flat, written)
         outputs = {root for v in flat.outputs for root in roots[v]}
         held = [v for n, v in enumerate(flat.outputs) if n not in free]
         costless = outputs - {root for v in held for root in roots[v]}
-        change = [0.0] * (len(flat.uses) + 2)
+        sizes = {
+            buffer: 0.0 if buffer in costless else self._size(flat, buffer, parts)
+            for buffer in born
+        }
+        reads = buffers.read_buffers(flat, roots, written)
+        written_over = buffers.may_write_over(flat, roots, born, sizes)
+        left = collections.Counter()
         for buffer, start in born.items():
-            if buffer in costless:
-                continue
-            end = len(flat.uses) if buffer in outputs else last.get(buffer, start)
-            size = self._size(flat, buffer, parts)
-            change[start] += size
-            change[end + 1] -= size
-        alive, peak = 0.0, 0.0
-        for index in range(len(flat.uses)):
-            alive += change[index]
-            peak = max(peak, alive + inside[index])
-        return peak, [parts[v] for v in flat.outputs]
+            left[start] += sizes[buffer]
 
-    def _size(self, flat: Flat, value: int, parts: Sequence[bool]) -> float:
+        def peak(order: Sequence[int]) -> float:
+            """Returns the most alive at once when operations run in an order."""
+            last = {b: place for place, n in enumerate(order) for b in reads[n]}
+            place_of = {number: place for place, number in enumerate(order)}
+            spans = {
+                buffer: (
+                    begin := place_of[start],
+                    len(order) if buffer in outputs else last.get(buffer, begin),
+                )
+                for buffer, start in born.items()
+            }
+            for number, over in written_over.items():
+                # Of what it reads, one array of its size that nobody reads after it.
+                place = place_of[number]
+                done = (b for b in over if last[b] == place and b not in outputs)
+                if (one := next(done, None)) is not None:
+                    spans[one] = spans[one][0], place - 1
+            short = {b: span for b, span in spans.items() if b not in outputs}
+            beside = _beside(short, sizes, self._fast_bytes / 2)
+            change = [0.0] * (len(order) + 2)
+            for buffer in spans.keys() - beside:
+                begin, end = spans[buffer]
+                change[begin] += sizes[buffer]
+                change[max(begin, end) + 1] -= sizes[buffer]
+            alive = itertools.accumulate(change)
+            return max(
+                (now + inside[n] for now, n in zip(alive, order, strict=False)),
+                default=0.0,
+            )
+
+        return min(map(peak, self._orders(flat, written, left))), [
+            parts[v] for v in flat.outputs
+        ]
+
+    def _orders(self, flat: Flat, written: set[int], left) -> list[list[int]]:
+        """Returns the orders among which a compiler takes that which holds least."""
+        before = buffers.before(flat, written)
+        if self._is_concurrent:
+            return [orders.breadth_first(before)]
+        return [list(before), orders.depth_first(before, left)]
+
+    def _size(self, flat: Flat, value: int, parts: Sequence[int]) -> float:
         size = self._size_of(flat.avals[value])
         return size / self._num_parts if parts[value] else size
 
-    def _follow(self, flat: Flat, split: Sequence[bool]):
+    def _follow(self, flat: Flat, split: Sequence[int]):
         """Returns which values are split, and what each operation holds inside."""
-        parts = [False] * len(flat.avals)
+        parts = [0] * len(flat.avals)
         inside = [0.0] * len(flat.uses)
         # Constants come before the arguments.
         for value, flag in zip(flat.inputs[::-1], reversed(split), strict=False):
             parts[value] = flag
+        wanted = _wanted_split(flat)
         for index, use in enumerate(flat.uses):
             flags = [parts[v] for v in use.reads]
             if use.bodies:
                 inside[index], found = self._loop(use, flags)
             else:
-                found = [_is_split(use, flat, flags)] * len(use.writes)
+                is_split = use.writes[0] in wanted or _is_split(use, flat, flags)
+                found = [is_split and max(1, *flags, 0)] * len(use.writes)
             for value, flag in zip(use.writes, found, strict=True):
                 parts[value] = flag
         return parts, inside
 
-    def _loop(self, use: Use, flags: list[bool]) -> tuple[float, list[bool]]:
+    def _loop(self, use: Use, flags: list[int]) -> tuple[float, list[int]]:
         """Returns the most that a body holds, and which results are split."""
-        peak, found = 0.0, [False] * len(use.writes)
+        peak, found = 0.0, [0] * len(use.writes)
         for body in use.bodies:
             its_flags = flags[use.skipped :]
             carried = range(use.num_carried)
             for _ in range(2):  # what goes round may come out split
                 inner, outs = self._body(body, its_flags, frozenset(range(len(found))))
                 for n in carried:
-                    its_flags[use.num_consts + n] |= outs[n]
+                    place = use.num_consts + n
+                    its_flags[place] = max(its_flags[place], outs[n])
             peak = max(peak, inner)
-            found = [a or b for a, b in zip(found, outs, strict=True)]
+            found = list(map(max, found, outs))
         return peak, found
 
-    def _body(self, body: Any, flags: Sequence[bool], free: frozenset[int]):
+    def _body(self, body: Any, flags: Sequence[int], free: frozenset[int]):
         key = (id(body), tuple(flags))
         if key not in self._known:
             if id(body) not in self._flats:
@@ -198,13 +200,31 @@ class _Peak:
         return self._known[key]
 
 
-def _is_split(use: Use, flat: Flat, flags: Sequence[bool]) -> bool:
+def _wanted_split(flat: Flat) -> set[int]:
+    """Returns what is split from the start: it will be, and each part stands alone.
+
+    So is a table's gradient: every device adds the rows of all to its own columns. A
+    product is made whole first, and its parts are then summed.
+    """
+    found: set[int] = set()
+    for use in reversed(flat.uses):
+        if use.name == "split":
+            found.add(use.reads[0])
+        elif use.writes[0] in found:
+            if use.name in (*buffers.ADDED, "convert_element_type"):
+                found.add(use.reads[0])
+            elif use.name != "broadcast_in_dim":
+                found.discard(use.writes[0])
+    return found
+
+
+def _is_split(use: Use, flat: Flat, flags: Sequence[int]) -> bool:
     """Says whether a result lies in parts, as what it is made of does."""
-    if use.name in ("whole", "split"):
+    if use.name in ("whole", "turned", "split"):
         return use.name == "split"
     if use.name in ("dot_general", "gather") or not any(flags):
         return False
-    if use.name in ("concatenate", "stack", "pad", "scatter-add", "scatter_add"):
+    if use.name in ("concatenate", "stack", "pad", *buffers.ADDED):
         return True
     result = bytes_of(flat.avals[use.writes[0]])
     # A split scale does not split the activations it multiplies.
@@ -214,78 +234,26 @@ def _is_split(use: Use, flat: Flat, flags: Sequence[bool]) -> bool:
     )
 
 
-def _written(flat: Flat, parts: Sequence[bool]) -> set[int]:
-    """Returns the values that are written to memory, and not fused into readers."""
-    readers: dict[int, list[str]] = {}
-    for use in flat.uses:
-        for value in use.reads:
-            readers.setdefault(value, []).append(use.name)
-    found = set(flat.outputs) - set(flat.inputs)
-    for use in flat.uses:
-        for value in use.writes:
-            names = readers.get(value, ())
-            is_fetched = use.name == "whole" and parts[use.reads[0]]
-            is_kept = use.name not in _CHEAP and _is_kept(names)
-            if use.name in _WRITTEN or is_fetched or is_kept:
-                found.add(value)
+def _beside(
+    spans: Mapping[int, tuple[int, int]], sizes: Mapping[int, float], room: float
+) -> set[int]:
+    """Returns buffers that lie in a fast memory: those in use for the shortest time.
+
+    Args:
+      spans: buffer -> first and last place.
+      sizes: buffer -> bytes.
+      room: bytes of that memory.
+    """
+    found: set[int] = set()
+    if not room:
+        return found
+    used: dict[int, float] = collections.defaultdict(float)
+    short = [b for b, (begin, end) in spans.items() if end - begin <= SHORT]
+    for buffer in sorted(short, key=lambda b: spans[b][1] - spans[b][0]):
+        begin, end = spans[buffer]
+        places, size = range(begin, end + 1), sizes[buffer]
+        if all(used[place] + size <= room for place in places):
+            found.add(buffer)
+            for place in places:
+                used[place] += size
     return found
-
-
-def _is_kept(readers: Sequence[str]) -> bool:
-    """A result that several operations read, or a product, is not made twice."""
-    return len(readers) > 1 or "dot_general" in readers
-
-
-def _roots(flat: Flat, written: set[int]):
-    """Returns value -> buffers it needs, and buffer -> when it is made."""
-    roots: list[frozenset[int]] = [frozenset()] * len(flat.avals)
-    born: dict[int, int] = {}
-    readers = _num_readers(flat)
-    inputs = set(flat.inputs)
-    for value in flat.inputs:
-        roots[value] = frozenset({value})
-    for index, use in enumerate(flat.uses):
-        read = frozenset().union(*(roots[v] for v in use.reads))
-        places = _places(use)
-        for number, value in enumerate(use.writes):
-            place = places.get(number)
-            old = roots[place] if place is not None else frozenset()
-            if use.bodies and place is None and value not in flat.read:
-                continue  # nothing is stacked that nobody reads
-            is_owned = use.name in _IN_PLACE or not old & inputs
-            if old and readers[place] == 1 and is_owned:
-                roots[value] = old
-            elif value in written:
-                roots[value] = frozenset({value})
-                born[value] = index
-            else:
-                roots[value] = read
-    return roots, born
-
-
-def _places(use: Use) -> dict[int, int]:
-    """Returns number of a result -> the value it may be written over."""
-    if use.name in _IN_PLACE:
-        return {0: use.reads[0]}
-    first = use.skipped + use.num_consts
-    return {n: use.reads[first + n] for n in range(use.num_carried)}
-
-
-def _num_readers(flat: Flat) -> list[int]:
-    count = [0] * len(flat.avals)
-    for use in flat.uses:
-        for value in use.reads:
-            count[value] += 1
-    for value in flat.outputs:
-        count[value] += 1
-    return count
-
-
-def _last_uses(flat: Flat, roots, written: set[int]) -> dict[int, int]:
-    last: dict[int, int] = {}
-    for index, use in enumerate(flat.uses):
-        if any(value in written for value in use.writes):
-            for value in use.reads:
-                for buffer in roots[value]:
-                    last[buffer] = index
-    return last

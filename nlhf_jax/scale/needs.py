@@ -11,7 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from nlhf_jax.scale.chips import Chip
-from nlhf_jax.scale.costs import Analysis, analyse
+from nlhf_jax.scale.costs import BETWEEN_SLICES, Analysis, analyse
 
 # Share of a message's bytes that a device sends, for a group of n on a ring; an
 # all-reduce goes round twice.
@@ -72,15 +72,18 @@ class Roofline(NamedTuple):
       compute: FLOPs over peak FLOP/s, seconds.
       memory: bytes of HBM over its bandwidth, seconds.
       network: bytes sent over the links' bandwidth, seconds.
+      slices: bytes sent to other slices over that network's bandwidth, seconds; 0
+        where none is published.
     """
 
     compute: float
     memory: float
     network: float
+    slices: float = 0.0
 
     @property
     def step(self) -> float:
-        """Returns the longest of the three."""
+        """Returns the longest of them."""
         return max(self)
 
     @property
@@ -143,15 +146,21 @@ def device_bytes(tree: PyTree, shardings: PyTree) -> int:
 
 def roofline(analysis: Analysis, chip: Chip, num_iterations: int) -> Roofline:
     """Returns the least times of a step whose open loops run `num_iterations` times."""
-    sent = 0.0
+    inside, between = 0.0, 0.0
     for one in analysis.collectives:
         size = one.group_size
         share = (size - 1) / size if size else 1.0
-        sent += _ROUNDS.get(one.kind, 1.0) * share * one.num_bytes.total(num_iterations)
+        kind = one.kind.removeprefix(BETWEEN_SLICES)
+        sent = _ROUNDS.get(kind, 1.0) * share * one.num_bytes.total(num_iterations)
+        if kind == one.kind:
+            inside += sent
+        else:
+            between += sent
     return Roofline(
         analysis.flops.total(num_iterations) / chip.flops,
         analysis.num_bytes.total(num_iterations) / chip.hbm_bandwidth,
-        sent / chip.link_bandwidth if chip.link_bandwidth else 0.0,
+        inside / chip.link_bandwidth if chip.link_bandwidth else 0.0,
+        between / chip.dcn_bandwidth if chip.dcn_bandwidth else 0.0,
     )
 
 
