@@ -16,6 +16,8 @@ from nlhf_jax.models.families import language_model
 from nlhf_jax.settings import MeshSettings, OptimizerSettings
 from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import TrainState
+from tests.jobs_pipeline_test import data_in, run_sft, steps
+from tests.t5x_toys import NATIVE, unpack
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 # Its embedding is factored, and nothing else.
@@ -162,3 +164,27 @@ def test_a_run_of_ours_is_exported_with_its_state(tmp_path, capsys, name):
     without = [f"--to={tmp_path / 'bare'}", "--optimizer=false"]
     assert conversions.import_model([*words, *without]) == 0
     assert not (tmp_path / "bare" / moments.MOMENTS_FILE).exists()
+
+
+@pytest.mark.battery
+def test_a_fine_tuning_of_t5x_own_checkpoint_counts_on_and_goes_back(tmp_path, caplog):
+    """Import, two steps of the job, export: T5X's count and two more."""
+    sample = unpack(tmp_path / "sample")
+    words = [f"--from={sample / NATIVE}", f"--to={tmp_path / 'ours'}"]
+    assert conversions.import_model([*words, "--vocabulary=byte"]) == 0
+    (tmp_path / "data").mkdir()
+    adafactor = OptimizerSettings()
+    start = {"initial_checkpoint_path": str(tmp_path / "ours"), "model": None}
+    data = data_in(tmp_path / "data")
+    run_sft(tmp_path / "run", data, steps(2), optimizer=adafactor, **start)
+    assert "the optimiser goes on from" in caplog.text
+    words = [f"--checkpoint={tmp_path / 'run'}", f"--to={tmp_path / 't5x'}"]
+    assert conversions.export_model([*words, "--format=t5x"]) == 0
+    back = t5x.open_t5x(tmp_path / "t5x" / "checkpoint_3", {})
+    assert back.moments.count == 3
+    before = t5x.open_t5x(sample / NATIVE, {}).moments.slots["v"]
+    # With count 0 the first update would forget all that went before.
+    for name in ("decoder/decoder_norm/scale", "encoder/layers_0/mlp/wo/kernel"):
+        now = back.moments.slots["v"][name].read()
+        decay = (1 - 2.0**-0.8) * (1 - 3.0**-0.8)
+        assert (now >= 0.999 * decay * before[name].read()).all()
