@@ -48,8 +48,9 @@ what is fetched early. Its total over the compiler's, where both were asked
 {table}
 
 So on fake CPU devices it is within 10 % where layers are in a loop, also for `train`
-(tests/scale_plans_test.py holds four of them to it). Where every layer is kept it is up
-to 22 % too low there: CPUs run whatever can run side by side, so the judge and the
+(tests/scale_plans_test.py holds four of them to it), but 13 % too low with TENSOR=2,
+where the compiler lays out some arrays anew. Where every layer is kept it is up to 22 %
+too low: CPUs run whatever can run side by side, so the judge and the
 update at the same time, and how their phases meet is not foreseen; nor is a library of
 the CPU's that takes a whole layer at once and wants its constants as arrays. For
 `train` on TPUs it is below: at these sizes most of what is missing is code, which is
