@@ -58,8 +58,8 @@ def advice(found: Mapping[str, Any]) -> str:
 PLAN_ERROR = (
     "planned from shapes alone. Arguments are exact, temporaries an estimate: against "
     "the compiler, totals on fake CPU devices were within 10% with layers in a loop "
-    "(13% below with TENSOR=2), up to 22% below where layers are kept, and for train on "
-    "TPUs up to 40% below"
+    "(13% below with TENSOR=2), up to 22% below where layers are kept, and for train "
+    "on TPUs up to 40% below"
 )
 
 
