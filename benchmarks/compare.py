@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures = [
         measured.figure(row, options.size)
         for row in ROWS
-        if any(name in told for name in row.sides)
+        if all(name in told for name in row.sides)
     ]
     found["machine"]["device"] = (
         told.get("peaks.jax", {}).get("facts", {}).get("device")
