@@ -26,6 +26,7 @@ from benchmarks.figures import Measured
 from benchmarks.rows import GROUPS, ROWS
 from benchmarks.sides import ROOT, START_S, UNIT_S, Running, Side, in_turns
 from benchmarks.sizes import SIZES
+from nlhf_jax import huge_pages
 
 RESULTS = ROOT / "benchmarks" / "results"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
@@ -66,14 +67,22 @@ def commit() -> str:
 
 
 def variables(platform_name: str, num_threads: int) -> dict[str, str]:
-    """Returns the environment variables that every side gets."""
-    threads = str(num_threads)
-    return OFFLINE | {
-        "JAX_PLATFORMS": platform_name,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    """Returns the environment variables that every side gets.
+
+    Memory comes in huge pages to all of them, as our command line asks for.
+    """
+    threads, pages = str(num_threads), huge_pages.here() or os.environ
+    tunables = {k: v for k, v in pages.items() if k == huge_pages.TUNABLES}
+    return (
+        tunables
+        | OFFLINE
+        | {
+            "JAX_PLATFORMS": platform_name,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
 
 
 def chosen(groups: Sequence[str], only: Sequence[str], skip: Sequence[str]):

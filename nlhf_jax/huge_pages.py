@@ -51,16 +51,25 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts) if all(map(str.isdigit, parts)) else ()
 
 
+def here() -> dict[str, str] | None:
+    """Returns what `environment` does for this process; None if it cannot be told."""
+    try:
+        library = os.confstr("CS_GNU_LIBC_VERSION") or ""
+        return environment(os.environ, library, ENABLED.read_text())
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def start_again() -> None:
     """Starts this very command again with huge pages, where that changes anything.
 
     The process keeps its number, its arguments and its open files. What cannot be read
     or started leaves it as it is.
     """
+    after = here()
+    if after is None:
+        return
     try:
-        library = os.confstr("CS_GNU_LIBC_VERSION") or ""
-        after = environment(os.environ, library, ENABLED.read_text())
-        if after is not None:
-            os.execve(sys.executable, sys.orig_argv, after)
+        os.execve(sys.executable, sys.orig_argv, after)
     except (AttributeError, OSError, ValueError):
         return

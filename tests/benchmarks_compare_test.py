@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import compare, figures, protocol, rows, sides, sizes, table
 from benchmarks.figures import Figure, Measured, Row
+from nlhf_jax import huge_pages
 
 TINY = sizes.SIZES["tiny"]
 pytestmark = pytest.mark.timeout(120)
@@ -383,3 +384,14 @@ def test_sides_keep_to_their_cores(monkeypatch):
     monkeypatch.delattr(compare.os, "sched_setaffinity")
     compare.keep_to(2)
     assert len(compare.cores()) == os.cpu_count()
+
+
+def test_every_side_gets_the_pages_of_the_command_line(monkeypatch):
+    after = {"HOME": "/", huge_pages.TUNABLES: "glibc.malloc.hugetlb=1"}
+    monkeypatch.setattr(huge_pages, "here", lambda: after)
+    found = compare.variables("cpu", 2)
+    assert found[huge_pages.TUNABLES] == "glibc.malloc.hugetlb=1"
+    assert "HOME" not in found
+    monkeypatch.setattr(huge_pages, "here", lambda: None)
+    monkeypatch.delenv(huge_pages.TUNABLES, raising=False)
+    assert huge_pages.TUNABLES not in compare.variables("cpu", 2)
