@@ -133,6 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "machine": machine(),
     }
+    keep_to(options.threads)  # sides inherit it
     rounds, told = {}, {}
     groups = chosen(options.groups, options.only, options.skip)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +210,6 @@ def main(words: Sequence[str] | None = None) -> int:
         runs = [json.loads(path.read_text()) for path in options.page]
         table.PAGE.write_text(table.with_table(table.PAGE.read_text(), runs))
         return 0
-    keep_to(options.threads)
     results = measure(options)
     path = write(results, options.output)
     print(table.described(results))

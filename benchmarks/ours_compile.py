@@ -28,10 +28,12 @@ def compile_once(size: Size, cache: str) -> dict[str, float]:
     import jax
 
     from benchmarks import ours
+    from nlhf_jax import compilation_cache
 
     # As `nlhf` sets it up.
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    least = compilation_cache.LEAST_SECONDS
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     run = ours.PolicyRun(size)
     lower_s, lowered = timed(lambda: run.compiled.lower(*run.arguments()))
     compile_s, compiled = timed(lowered.compile)

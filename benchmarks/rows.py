@@ -77,7 +77,7 @@ ROWS = (
     _peer("Nash-MD step, TRL repaired", "trl.repaired", small=1.5),
     _peer("Nash-MD step, TRL repaired and compiled", "trl.compiled", small=1.5),
     _peer("Nash-MD step, EasyDeL (does less)", "easydel.step", small=2, tiny=40),
-    _peer("Nash-MD step, Tunix GRPO-2 (does less)", "tunix.step", small=1.5),
+    _peer("Nash-MD step, Tunix GRPO-2 (other work)", "tunix.step", small=1.5),
     _peer(
         "generate, TRL with its cache on (wrong)",
         "trl.cached/generate",

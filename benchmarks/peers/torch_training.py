@@ -22,6 +22,7 @@ def reward(size: Size, is_best: bool) -> Work:
     length = size.prompt_length + size.response_length
     ids = torch_models.token_ids(size, 2 * size.batch_size, length)
     mask = torch.ones_like(ids)
+    model.config.use_cache = not is_best
 
     def loss() -> Any:
         score_R = model(input_ids=ids, attention_mask=mask).logits[:, 0]
@@ -34,7 +35,8 @@ def reward(size: Size, is_best: bool) -> Work:
 def language(size: Size, is_best: bool) -> Work:
     """2 B rows of S + T tokens, the loss over T.
 
-    Best computes the logits of the response only, as we do.
+    Best computes the logits of the response only, as we do, and keeps no cache, which
+    `transformers` does by default in training too.
     """
     torch = torch_models.torch_here()
     model = torch_models.causal_model(size, 0).train()
@@ -45,6 +47,7 @@ def language(size: Size, is_best: bool) -> Work:
     labels[:, : size.prompt_length] = IGNORED
     target = ids[:, size.prompt_length :].flatten()
     keep = size.response_length + 1
+    model.config.use_cache = not is_best
 
     def loss() -> Any:
         if not is_best:
@@ -63,6 +66,7 @@ def t5(size: Size, is_best: bool) -> Work:
     ids = torch_models.token_ids(size, size.batch_size, size.prompt_length)
     labels = torch_models.token_ids(size, size.batch_size, size.response_length, 1)
     mask = torch.ones_like(ids)
+    model.config.use_cache = not is_best
 
     def loss() -> Any:
         return model(input_ids=ids, attention_mask=mask, labels=labels).loss
