@@ -214,16 +214,20 @@ HISTORIES = {
         answers(
             run=[
                 {"code": 137, "output": f"train {step}/500  0:41 left\n"}
-                for step in (12, 12, 13, 13, 14, 14)
+                for step in range(12, 99)
             ]
         ),
         f"{UP} {RUN} stop {RUN} stop {RUN} stop {RUN} {DOWN}",
-        flags=("--max_failures=9",),
+        code=42,
+        says="no restart is left after a failure",
+        flags=("--max_failures=3",),
     ),
     "loses its connection at the same step": History(
-        answers(run=[DROPPED | {"output": "train 12/500  0:41 left\n"}] * 6),
+        answers(run=[DROPPED | {"output": "train 12/500  0:41 left\n"}] * 99),
         f"{UP} {RUN} stop {RUN} stop {RUN} stop {RUN} {DOWN}",
-        flags=("--max_failures=9",),
+        code=42,
+        says="no restart is left after a failure",
+        flags=("--max_failures=3",),
     ),
     "one worker dies": History(
         answers(run=[{"hang": True}, {"code": 137}]),

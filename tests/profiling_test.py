@@ -116,7 +116,7 @@ def test_the_trace_holds_the_steps_of_the_window_and_no_others(tmp_path):
         if facts.get("hlo_module") == "jit_marked"
     )
     assert set(ops.values()) == {3}
-    (said,) = sinks.said
+    (said,) = [said for said in sinks.said if "trace" in said]
     assert said.startswith("steps 3 to 5 are traced")
     assert f"--logdir {tmp_path}" in said
 
@@ -133,7 +133,7 @@ def test_without_a_window_nothing_is_traced(tmp_path):
     sinks = Sinks()
     run(tmp_path, sinks, settings=settings())
     assert list(tmp_path.iterdir()) == []
-    assert sinks.said == []
+    assert not any("trace" in said for said in sinks.said)
 
 
 @pytest.mark.parametrize("window", [(1, 1), (9, 9)])
@@ -153,7 +153,7 @@ def test_a_run_that_continues_after_the_window_says_so(tmp_path):
     sinks = Sinks()
     run(tmp_path, sinks, state=counter(5))
     assert traces(tmp_path) == []
-    assert sinks.said == ["no trace: the window (3, 5) is over at step 5"]
+    assert sinks.said[0] == "no trace: the window (3, 5) is over at step 5"
 
 
 def test_a_run_that_fails_inside_the_window_leaves_its_trace(tmp_path):
