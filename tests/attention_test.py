@@ -15,6 +15,8 @@ from nlhf_jax.models.decoder_only import decoder_only_language_model
 from nlhf_jax.settings import MemorySettings
 from tests import decoder_only_toys
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 HOW = {"scale": 0.3, "soft_cap": 0.0}
 CHUNKS = [MemorySettings(attention="chunked", attention_chunk=n) for n in (1, 4, 5)]
 WAYS = [

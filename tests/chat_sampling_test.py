@@ -17,7 +17,7 @@ from tests.chat_jobs_test import DESCRIBED, LENGTHS, SETTINGS, write_chat_model
 from tests.jobs_pipeline_test import run_sft, steps, write_lines
 from tests.small_tokenizers import CHATML
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.battery]
 
 
 @pytest.fixture(scope="module")

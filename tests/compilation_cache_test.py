@@ -236,6 +236,7 @@ def first_line(found):
     return found["lines"][0]
 
 
+@pytest.mark.battery
 def test_a_second_process_compiles_nothing(cold_and_warm):
     cold, warm, _ = cold_and_warm
     assert first_line(cold)["compile/cache_misses"] == 1.0
@@ -263,6 +264,7 @@ def without_times(found):
     ]
 
 
+@pytest.mark.battery
 def test_numbers_are_the_same_cold_warm_and_without_a_cache(cold_and_warm, tmp_path):
     cold, warm, _ = cold_and_warm
     off, _ = run(tmp_path, **{compilation_cache.SWITCH: "off"})

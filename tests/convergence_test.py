@@ -109,8 +109,8 @@ RESTLESS = ("sppo", "onpo")
 IN_ROUNDS = ("mpo", "comal")
 # Where one response beats all others by far their logits grow for ever more slowly.
 LOGISTIC = ("online_dpo", "xpo")
-# The two of the main job; CI runs all others too.
-SHORT = ("self_play", "nash_md_pg", "nash_md_pg" + laboratory.ANNEALED)
+# That of the main job; CI runs all others too.
+SHORT = ("nash_md_pg",)
 SETTLED = [n for n in RUNS if n not in (*RESTLESS, *IN_ROUNDS, *LOGISTIC)]
 
 

@@ -546,7 +546,9 @@ def test_the_effective_share_is_the_formula(float64):
         jnp.log(jnp.array([[0.2], [0.2]])),
     )
     moments = loss_gradient._weight_moments((sample,), POLICY)
-    found = loss_gradient._with_effective_share({k: v.mean() for k, v in moments.items()})
+    found = loss_gradient._with_effective_share(
+        {k: v.mean() for k, v in moments.items()}
+    )
     assert float(found["policy/effective_share"]) == pytest.approx(25 / 34, abs=EXACT)
 
 

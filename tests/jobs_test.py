@@ -138,6 +138,7 @@ def wait_for_step(folder: pathlib.Path, step: int, process) -> None:
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
+@pytest.mark.battery
 def test_a_signal_saves_the_run_and_the_same_command_ends_it_bit_for_bit(work, sft):
     more = [f"--gin.TRAIN_STEPS={STEPS}", "--gin.LoopSettings.log_period=1"]
     words = [*words_for(work, "sft", "stopped"), *more]
@@ -171,12 +172,14 @@ def test_a_signal_saves_the_run_and_the_same_command_ends_it_bit_for_bit(work, s
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.battery
 def test_the_judges_start_from_the_policy(preference, sft):
     assert folders.kind_of(preference) == "preference"
     ours = folders.read_description(preference, "preference").settings
     assert ours == folders.read_description(sft).settings
 
 
+@pytest.mark.battery
 def test_nash_md_trains_against_the_learned_judge(work, sft, preference):
     judges = {"REFERENCE_CHECKPOINT": sft, "PREFERENCE_CHECKPOINT": preference}
     folder = run_job(work, "nash_md_pg", "nash", **judges)

@@ -33,7 +33,7 @@ from tests.jobs_pipeline_test import (
     write_lines,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.battery]
 
 LORA = LoraSettings(rank=2, alpha=4.0, targets=("query", "value", "wo"))
 LLAMA = (

@@ -19,7 +19,7 @@ from nlhf_jax.types import TrainState
 from tests.jobs_pipeline_test import data_in, run_sft, steps
 from tests.t5x_toys import NATIVE, unpack
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.battery]
 # Its embedding is factored, and nothing else.
 SHAPE = T5Settings(259, 128, 2, 2, 4, 1, 1)
 LENGTHS = {"inputs": 8, "targets": 4}

@@ -19,6 +19,8 @@ from nlhf_jax.preferences.reward import reward_model
 from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import PreferenceModel, PromptBatch, Responses, RewardModel
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SETTINGS = T5Settings(40, 16, 2, 8, 32, 1, 1)
 PAIRWISE = inputs.PairwiseTemplate((31, 32), (33,), (34, 35), (36,), answer_id=7)
 REWARD = inputs.RewardTemplate((31,), (33, 34), answer_id=7)
@@ -268,6 +270,7 @@ def test_parameters_are_those_of_the_language_model():
         assert jax.eval_shape(model.init, key) == expected
 
 
+@pytest.mark.battery
 def test_every_judge_has_a_gradient_in_every_block():
     prompts, first, second = _random_batch()
     pairwise, pairwise_params, _ = _pairwise()
@@ -329,6 +332,7 @@ def test_the_pairwise_model_learns_a_cycle():
     assert float(jax.nn.sigmoid(logits_B).min()) > 0.95
 
 
+@pytest.mark.battery
 def test_a_scalar_reward_cannot_learn_a_cycle():
     """The three differences of rewards sum to 0, so by convexity the mean loss is at
     least log 2 and at most two of three comparisons are right."""

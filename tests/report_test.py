@@ -366,6 +366,7 @@ def _browse(path, *flags):
     return done.stdout
 
 
+@pytest.mark.battery
 def test_a_browser_shows_the_rows_and_runs_nothing(page_path):
     dom = _browse(page_path, "--dump-dom")
     page = _Page(dom)

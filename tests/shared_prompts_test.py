@@ -14,6 +14,8 @@ from nlhf_jax.types import PromptBatch, Speaker
 from tests import decoder_only_toys, t5_toys
 from tests.decoder_only_toys import BATCH, LENGTH, PROMPT
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MODELS = ("llama_3", "gemma_3", "t5")
 
 
@@ -96,6 +98,7 @@ def test_the_prompts_keys_stand_once(name):
     assert jax.tree.leaves(after) == jax.tree.leaves(shared)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rollout_is_that_of_repeated_rows(name, monkeypatch):
     """Policy twice, and a mixture whose other set reads the prompt for one row."""
@@ -175,6 +178,7 @@ def _equations(jaxpr):
                 yield from _equations(value.jaxpr)
 
 
+@pytest.mark.battery
 def test_an_encoder_reads_a_prompt_once_for_all_its_responses():
     """Scores and gradients are those of one response after the other."""
     model, params = model_of("t5")

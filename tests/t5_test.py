@@ -28,6 +28,8 @@ from tests.t5_toys import (
     random_responses,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 VERSIONS = pytest.mark.parametrize("settings", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
 
 
@@ -134,6 +136,7 @@ def test_parameters_and_logical_axes_are_those_of_t5x(settings):
     assert type(params["encoder"]) is dict
 
 
+@pytest.mark.battery
 def test_initialisers_have_the_scales_of_t5x():
     """Standard deviations; that of n draws has the relative error 1 / sqrt(2 n)."""
     s = T5Settings(500, 128, 4, 16, 256, 1, 1)
@@ -350,6 +353,7 @@ def test_dropout_of_the_output_zeroes_and_rescales():
         assert abs((row_V**2).mean() - 2) < 0.7
 
 
+@pytest.mark.battery
 @VERSIONS
 def test_bfloat16_activations_keep_float32_logits(settings):
     model, params = initialised(settings)

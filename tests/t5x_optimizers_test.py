@@ -35,7 +35,7 @@ WIDE = T5Settings(150, 128, 2, 70, 140, 1, 1)
 TALL = T5Settings(130, 160, 4, 32, 129, 1, 2, bias_in_each_layer=True)
 SQUARE = dataclasses.replace(TALL, emb_dim=128)
 NARROW = dataclasses.replace(TALL, emb_dim=16, num_heads=3, head_dim=4, mlp_dim=20)
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.battery]
 battery = pytest.mark.battery
 RATE, CLIP, DECAY = 0.01, 0.7, 0.1
 SLOTS = ("m", "v", "v_col", "v_row")

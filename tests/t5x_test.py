@@ -125,6 +125,7 @@ def test_written_again_it_is_the_same_file_by_file(sample, tmp_path, name):
     assert list(raw["optimizer"]) == list(raw_theirs["optimizer"])
 
 
+@pytest.mark.battery
 def test_as_orbax_it_has_the_tree_shapes_and_dtypes_of_t5x(sample, tmp_path):
     weights = t5x.open_t5x(sample / NATIVE, {})
     options = {"step": "1", "t5x_layout": "orbax"}
