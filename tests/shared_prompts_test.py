@@ -14,8 +14,6 @@ from nlhf_jax.types import PromptBatch, Speaker
 from tests import decoder_only_toys, t5_toys
 from tests.decoder_only_toys import BATCH, LENGTH, PROMPT
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 MODELS = ("llama_3", "gemma_3", "t5")
 
 
