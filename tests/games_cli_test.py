@@ -144,6 +144,11 @@ def test_analyze_says_who_wins_and_who_circles(games):
         (("sweep", "skew", "--step_sizes=0"), "step_size must be above 0 and at most"),
         (("sweep", "skew", "--method=nash_mdd"), "did you mean 'nash_md'"),
         (("sweep", "skew", "--steps=0"), "steps must be an integer"),
+        (("sweep", "skew", "--steps=100000000000"), "steps must be in [1, 100000000]"),
+        (
+            ("sweep", "skew", "--taus=0.1,1", "--steps=50000001"),
+            "steps must be in [1, 50000000]",
+        ),
         (("solve", "skew", "--tau", "-1"), "tau must be in (0.0, 1000000.0], got -1.0"),
         (("solve", "skew", "--tau", "nan"), "tau must be in"),
         (("solve", "skew", "--tau", "x"), "invalid float value: 'x'"),

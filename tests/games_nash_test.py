@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact equilibria without regularisation, and the path that leads to them."""
 
+import fractions
 import functools
+import itertools
+import operator
 
 import numpy as np
 import pytest
@@ -282,6 +285,124 @@ def test_games_at_once_are_checked():
         nash.nash_many(np.full((4, 4), 0.5))
     with pytest.raises(UserError, match="must be 1, got"):
         nash.nash_many(np.full((2, 3, 3), 0.6))
+
+
+# ------------------------------------------------- margins of very different size
+
+
+def by_enumeration(preference_NN):
+    """The equilibrium in rational numbers: the odd support whose losses are above 0."""
+    margin_NN = (preference_NN - preference_NN.T) / 2
+    margin_NN = [
+        [fractions.Fraction(float(entry)) for entry in row] for row in margin_NN
+    ]
+    actions = range(len(margin_NN))
+    for size in range(1, len(actions) + 1, 2):
+        for support in itertools.combinations(actions, size):
+            weights = by_pfaffians(margin_NN, support)
+            if weights is None:
+                continue
+            wins = [sum(map(operator.mul, row, weights)) for row in margin_NN]
+            if all(wins[i] < 0 for i in actions if i not in support):
+                return np.array([float(weight) for weight in weights])
+    raise AssertionError("no equilibrium of strict losses")
+
+
+def by_pfaffians(margin_NN, support):
+    """Null vector of an odd support, by the Pfaffians of all but one; None if none."""
+    weights = [fractions.Fraction(0)] * len(margin_NN)
+    for place, action in enumerate(support):
+        others = support[:place] + support[place + 1 :]
+        weights[action] = (-1) ** place * pfaffian(margin_NN, others)
+    total = sum(weights)
+    if not total:
+        return None
+    weights = [weight / total for weight in weights]
+    return weights if all(weights[i] > 0 for i in support) else None
+
+
+def pfaffian(margin_NN, actions):
+    if not actions:
+        return fractions.Fraction(1)
+    first, *others = actions
+    return sum(
+        (-1) ** place
+        * margin_NN[first][other]
+        * pfaffian(margin_NN, (*others[:place], *others[place + 1 :]))
+        for place, other in enumerate(others)
+    )
+
+
+def check_against_enumeration(game):
+    known_N, found = by_enumeration(game), nash.solve_nash(game)
+    assert found.is_unique
+    np.testing.assert_array_equal(found.policy_N > 0, known_N > 0)
+    np.testing.assert_allclose(found.policy_N, known_N, rtol=0, atol=1e-9)
+    check_equilibrium(game, found.policy_N, 1e-11 * np.abs(game - 0.5).max())
+
+
+def uneven_games(kind, size, number):
+    """Margins over five decades, alike in logarithm, or cubes of normal numbers."""
+    rng = np.random.default_rng(size)
+    for _ in range(number):
+        margin_NN = rng.normal(size=(size, size)) ** 3
+        if kind == "decades":
+            margin_NN = np.sign(margin_NN) * 10 ** (-5 * rng.random((size, size)))
+        yield game_of(margin_NN / np.abs(margin_NN).max() / 2)
+
+
+UNEVEN = {
+    "stops at 1e-4": [
+        [0, 0.019795, -0.002679, -5.205e-5],
+        [0, 0, -1.6179e-4, 1.594e-4],
+        [0, 0, 0, -4.3528e-4],
+        [0, 0, 0, 0],
+    ],
+    "stops at a pure one": [
+        [0, 8.4121e-4, 1.3971e-5, 8.616e-4, 1.1534e-4],
+        [0, 0, 2.3794e-3, -6.472e-5, 0.11088],
+        [0, 0, 0, 0.20541, 3.8798e-4],
+        [0, 0, 0, 0, 5.4015e-3],
+        [0, 0, 0, 0, 0],
+    ],
+    "loses by 4e-7 of the largest": [
+        [0, -8.9089e-10, 2.2802e-3],
+        [0, 0, 4.7617e-9],
+        [0, 0, 0],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_games_on_which_the_path_once_ended_too_early(name):
+    check_against_enumeration(game_of(UNEVEN[name]))
+
+
+@pytest.mark.parametrize("kind", ["decades", "cubes"])
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_uneven_margins_have_the_equilibrium_of_enumeration(kind, size):
+    for game in uneven_games(kind, size, 60):
+        check_against_enumeration(game)
+
+
+@pytest.mark.parametrize("kind", ["decades", "cubes"])
+def test_uneven_games_at_once_keep_the_promise(kind):
+    games = np.stack(
+        [*uneven_games(kind, 5, 200), game_of(UNEVEN["stops at a pure one"])]
+    )
+    for game, policy in zip(games, nash.nash_many(games), strict=True):
+        check_equilibrium(game, policy, 1e-11 * np.abs(game - 0.5).max() + 1e-16)
+
+
+def test_games_whose_path_ends_too_early_are_solved_again_or_refused(monkeypatch):
+    game = game_of([[0, 0.1], [0, 0]])
+    point = central_path.begin(nash._margins(game))
+    at_start = point._replace(policy_N=point.policy_N[None])
+    monkeypatch.setattr(central_path, "follow_many", lambda _: at_start)
+    assert nash.nash_many(game[None]).tolist() == [[1, 0]]
+    monkeypatch.setattr(central_path, "follow", lambda _: [point])
+    with pytest.raises(UserError, match="equilibrium is not found: an action wins 0.5"):
+        nash.solve_nash(game)
 
 
 # --------------------------------------------------------------------- the path

@@ -25,9 +25,9 @@ from nlhf_jax.games.matrices import Matrix
 
 # A term of the series costs N^2, the factors that all terms share N^3.
 MANY_ACTIONS, FEW_TERMS, MANY_TERMS = 200, 4, 8
-SOLVED = 1e-13  # the gap, in units of the largest margin
+SOLVED = 1e-15  # the gap, in units of the largest margin; rounding rules below
 MOST_STEPS = 100
-CENTRAL = 1e-4  # least x_i s_i of a step's end, in units of their mean
+CENTRAL = 1e-2  # least x_i s_i of a step's end, in units of their mean
 # Shares of the way to gap 0 that a step tries; it takes the first that stays inside.
 SHARES = np.append(1 - np.geomspace(1e-3, 0.8, 28), [0.1, 0.03, 0.01, 0.0])
 STAYS = SHARES == 0
@@ -159,7 +159,7 @@ def _powers(num_terms: int) -> Float[np.ndarray, "J K"]:
 
 
 def follow(margin_NN: Matrix) -> Iterator[Point]:
-    """Yields the points after each step, until the gap is 1e-13 or no step helps.
+    """Yields the points after each step, until the gap is 1e-15 or no step helps.
 
     Args:
       margin_NN: A, antisymmetric, with entries of at most 1.

@@ -32,7 +32,7 @@ SHRINKS = 0.1  # what a step towards the largest entropy leaves of the bounds' p
 
 
 class Equilibrium(NamedTuple):
-    """An equilibrium without regularisation, and whether it is the only one."""
+    """An equilibrium without regularisation, and whether it is proved the only one."""
 
     policy_N: Policy
     is_unique: bool
@@ -42,10 +42,11 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
     """Returns the Nash equilibrium, of largest entropy where there are several.
 
     max over p of -sum_y p(y) log p(y)  subject to  P(y > p) <= 1/2 for all y;
-    docs/math.md (3), (38), (58) to (63).
+    docs/math.md (3), (38), (58) to (63). No action wins more than 1e-11 times the
+    game's largest margin against it, or what its digits leave where that is more.
 
     Raises:
-      UserError: no preference matrix.
+      UserError: no preference matrix, or a game whose equilibrium is not found.
     """
     margin_NN, size = _margins(preference_NN), len(preference_NN)
     # The digits that 1/2 leaves to small margins.
@@ -59,7 +60,17 @@ def solve_nash(preference_NN: Matrix) -> Equilibrium:
             policy_N = _only_one(margin_NN, support_K, CERTAIN * resolution)
             if policy_N is not None:
                 return Equilibrium(policy_N, True)
-    return _of_several(margin_NN, point, resolution)
+    policy_N = _of_several(margin_NN, point, resolution)
+    if _wins(margin_NN, policy_N) > CERTAIN * resolution:
+        policy_N = np.array(point.policy_N)
+    wins = _wins(margin_NN, policy_N)
+    if not wins <= CERTAIN * resolution:
+        raise UserError(
+            f"this game's equilibrium is not found: an action wins {wins:.1g} of the "
+            f"largest margin against the policy where the path ends, at most "
+            f"{CERTAIN * resolution:.1g} is allowed"
+        )
+    return Equilibrium(policy_N, False)
 
 
 def nash(preference_NN: Matrix) -> Policy:
@@ -74,9 +85,11 @@ def nash_many(
 
     No action wins more than 1e-11 times the game's largest margin against it. Of
     several equilibria it is one inside them, which plays all that any of them plays.
+    A game on which the program ends too early is solved by `nash`.
 
     Raises:
-      UserError: not B matrices, or one that is no preference matrix.
+      UserError: not B matrices, one that is no preference matrix, or one whose
+        equilibrium is not found.
     """
     preference_BNN = np.asarray(preference_BNN, np.float64)
     if preference_BNN.ndim != 3 or not len(preference_BNN):
@@ -86,7 +99,16 @@ def nash_many(
         )
     margin_BNN = np.stack([_margins(one_NN) for one_NN in preference_BNN])
     with jax.enable_x64(True):
-        return np.asarray(central_path.follow_many(margin_BNN).policy_N)
+        policy_BN = np.array(central_path.follow_many(margin_BNN).policy_N)
+    for index, margin_NN in enumerate(margin_BNN):
+        if not _wins(margin_NN, policy_BN[index]) <= CERTAIN * RESOLUTION:
+            policy_BN[index] = nash(preference_BNN[index])
+    return policy_BN
+
+
+def _wins(margin_NN: Matrix, policy_N: Policy) -> float:
+    """Returns the most that an action wins against the policy."""
+    return float((margin_NN @ policy_N).max())
 
 
 def _margins(preference_NN: Matrix) -> Matrix:
@@ -131,7 +153,7 @@ def _only_one(
 
 def _of_several(
     margin_NN: Matrix, point: central_path.Point, resolution: float
-) -> Equilibrium:
+) -> Policy:
     """Returns the equilibrium of largest entropy with the support of `point`.
 
     Equilibria have weights on the support alone and let all of it tie, so they differ
@@ -148,7 +170,7 @@ def _of_several(
     if (basis_DK.T @ centre_D > 0).all() and (wins_LD @ centre_D < 0).all():
         policy_N[~is_played_N] = 0.0
         policy_N[is_played_N] = _most_entropy(basis_DK, wins_LD, centre_D)
-    return Equilibrium(policy_N, len(basis_DK) <= 1)
+    return policy_N
 
 
 def _most_entropy(

@@ -16,6 +16,7 @@ from nlhf_jax.games import solutions
 from nlhf_jax.games.win_tables import WinTable
 
 MOST_RUNS = 10_000
+MOST_RUN_STEPS = 10**8  # of all runs together
 LARGEST_TAU = 1e6
 
 
@@ -69,6 +70,7 @@ def run_all(
         sizes = read_numbers("step_sizes", options.step_sizes)
     pairs = list(itertools.product(taus, sizes))
     check_range("number of runs", len(pairs), 1, MOST_RUNS)
+    check_range("steps", options.steps, 1, MOST_RUN_STEPS // len(pairs))
     with jax.enable_x64(True):
         tau_B = np.array([tau for tau, _ in pairs])
         runs = solvers.make_runs(table.preference_NN, reference_N, tau_B)
