@@ -401,7 +401,7 @@ def test_games_whose_path_ends_too_early_are_solved_again_or_refused(monkeypatch
     monkeypatch.setattr(central_path, "follow_many", lambda _: at_start)
     assert nash.nash_many(game[None]).tolist() == [[1, 0]]
     monkeypatch.setattr(central_path, "follow", lambda _: [point])
-    with pytest.raises(UserError, match="equilibrium is not found: an action wins 0.5"):
+    with pytest.raises(UserError, match=r"is not found: an action wins 0\.5 of"):
         nash.solve_nash(game)
 
 
