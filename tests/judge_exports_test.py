@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from nlhf_jax import cli
-from nlhf_jax.conversion import safetensors_files
+from nlhf_jax.checks import UserError
+from nlhf_jax.conversion import hugging_face_writing, safetensors_files
 from nlhf_jax.data import vocabularies
-from nlhf_jax.jobs import adapters, folders, judges, our_weights, policies, scorings
+from nlhf_jax.jobs import (
+    adapters,
+    folders,
+    judges,
+    model_cards,
+    our_weights,
+    policies,
+    scorings,
+)
 from nlhf_jax.parameter_files import save_params
 from nlhf_jax.settings import LoraSettings
 from nlhf_jax.types import PromptBatch, Responses
@@ -104,6 +113,126 @@ def test_transformers_scores_as_we_do(tmp_path, name, kind):
         _, parts = ids_of(source, X, OTHER, Y)
         found = 0.5 * (found - their_score(model, parts))
     assert found == pytest.approx(our_number(source, kind), abs=1e-4)
+
+
+def rewards_of(folder, responses):
+    """The reward of each response, one by one."""
+    model, params = loaded(folder, "reward")
+    prompts = PromptBatch(*rows(*X))
+    return [
+        float(model.rewards(params, prompts, Responses(*rows(*one)))[0])
+        for one in responses
+    ]
+
+
+@pytest.mark.parametrize("kept_padding", [None, 7])
+@pytest.mark.battery
+def test_a_padded_batch_is_scored_as_the_card_says(tmp_path, kept_padding):
+    """Rows of different lengths, padded on either side; and one that ends in padding.
+
+    The configuration that the model came with may name no padding, or another id.
+    """
+    torch = pytest.importorskip("torch", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed"
+    )
+    source = judge_in(tmp_path / "judge", "llama", "reward")
+    keep_config(source, pad_token_id=kept_padding)
+    assert exported(source, tmp_path / "out", "hugging_face") == 0
+    model = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "out", local_files_only=True
+    )
+    model = model.float().eval()
+    pad = SHAPES["llama"].pad_id
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"padded with id {pad} (pad_token_id)" in card
+    responses = [(80, 81), (90, 91, 92, 93), (100,)]
+    ids = [sum(ids_of(source, X, one)[1], []) for one in responses]
+    width = max(map(len, ids))
+    wanted = rewards_of(source, responses)
+    for is_right in (True, False):
+        tokens, mask = [], []
+        for row in ids:
+            fill = width - len(row)
+            padding, ones = [pad] * fill, [1] * len(row)
+            tokens.append(row + padding if is_right else padding + row)
+            mask.append(ones + [0] * fill if is_right else [0] * fill + ones)
+        with torch.no_grad():
+            found = model(
+                input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
+            ).logits[:, 0]
+        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-4)
+    # Whatever ends in padding is scored elsewhere, unless none is named.
+    (reward,) = rewards_of(source, [(80, pad)])
+    _, parts = ids_of(source, X, (80, pad))
+    assert abs(their_score(model, parts) - reward) > 1e-3
+    assert f"last id that is not {pad}, so what is read must not end in it" in card
+    model.config.pad_token_id = None
+    assert their_score(model, parts) == pytest.approx(reward, abs=1e-4)
+
+
+def keep_config(folder, **changes):
+    """Puts the configuration beside a judge that its network may have come with."""
+    config = hugging_face_writing.config_of(SHAPES["llama"], 64)
+    text = json.dumps(config | changes)
+    (folder / our_weights.THEIR_CONFIG).write_text(text)
+
+
+@pytest.mark.parametrize("named", [None, [], ["LlamaModel", "LlamaForCausalLM"]])
+def test_the_class_does_not_hang_on_what_a_configuration_named(tmp_path, named):
+    source = judge_in(tmp_path / "judge", "llama", "reward")
+    keep_config(source, architectures=named, num_labels=5, mark="kept")
+    assert exported(source, tmp_path / "out", "hugging_face") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mark"] == "kept"
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert "num_labels" not in config
+    assert config["pad_token_id"] == SHAPES["llama"].pad_id
+
+
+@pytest.mark.parametrize(
+    "put, system, said",
+    [
+        (None, "", "Whether x was put in a chat template in training is not recorded"),
+        ("", "", "x is the prompt as it is, in no chat template."),
+        ("model", "", "tokenizer's chat template, as the user's turn, with no system "),
+        ("model", "Be 'kind'", "with the system prompt \"Be 'kind'\" before it"),
+    ],
+)
+def test_the_card_says_what_of_a_prompt_is_read(tmp_path, put, system, said):
+    description = folders.ModelDescription("reward", SHAPES["t5_1_1"], LENGTHS)
+    description = dataclasses.replace(
+        description, chat_template=put, system_prompt=system
+    )
+    folder = judge_in(tmp_path / "judge", "t5_1_1", "reward")
+    (folder / folders.DESCRIPTION_FILE).write_text(description.to_json())
+    weights = our_weights.open_folder(folder, {"judges": True})
+    assert weights.scoring.prompt_length == LENGTHS["inputs"]
+    assert weights.scoring.response_length == LENGTHS["targets"]
+    text = scorings.in_words(weights)
+    assert said in text
+    assert "Of a prompt only the first 12 tokens are read" in text
+    assert "A response has at most 6 tokens, its end counted" in text
+    assert "padded" not in text  # of text to text no token is pooled
+    card = model_cards.model_card("judge", folder, weights)
+    assert text.strip() in card
+
+
+def test_only_the_first_tokens_of_a_prompt_are_read(tmp_path):
+    """The card's lengths are those of our judge, on which the rest is lost."""
+    source = judge_in(tmp_path / "judge", "llama", "reward")
+    model, params = loaded(source, "reward")
+    scoring, _ = ids_of(source, X, Y)
+
+    def reward(prompt, response=Y):
+        batch = PromptBatch(*rows(*prompt)), Responses(*rows(*response))
+        return float(model.rewards(params, *batch)[0])
+
+    read = tuple(range(60, 60 + scoring.prompt_length))
+    assert reward((*read, 99, 98)) == pytest.approx(reward(read), abs=1e-5)
+    assert abs(reward((*read[:-1], 99)) - reward(read)) > 1e-4
+    with pytest.raises(UserError, match="at most 6 tokens"):
+        reward(read, (80,) * (scoring.response_length + 1))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen_3"])

@@ -2,6 +2,7 @@
 """Adapters in `peft`'s folders: names, both ways, mistakes, and `peft` itself."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,39 @@ def test_a_folder_is_neither_guessed_nor_overwritten(folder, tmp_path):
         ours.read_adapter(tmp_path, LLAMA)
     with pytest.raises(UserError, match="exists already"):
         ours.write_adapter(folder, LORA, adapters_of(LLAMA, LORA), LLAMA)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place, said in ((file, "and is a file"), (file / "in", "is not written")):
+        with pytest.raises(UserError, match=said):
+            ours.write_adapter(place, LORA, adapters_of(LLAMA, LORA), LLAMA)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_after_an_error_no_half_of_an_adapter_is_left(tmp_path, monkeypatch, is_there):
+    """Not after a full disk, and not after Ctrl-C; the same folder is then taken."""
+    target = tmp_path / "a"
+    if is_there:
+        target.mkdir()
+    before = list(tmp_path.rglob("*"))
+    given = target, LORA, adapters_of(LLAMA, LORA), LLAMA
+    for error, raised in ((OSError(28, "full"), UserError), (KeyboardInterrupt,) * 2):
+        with monkeypatch.context() as patch:
+
+            def stop(*arguments, error=error):
+                raise error
+
+            patch.setattr(ours, "_their_config", lambda *_: {})
+            patch.setattr(pathlib.Path, "write_text", stop)
+            with pytest.raises(raised):
+                ours.write_adapter(*given)
+        assert list(tmp_path.rglob("*")) == before
+    assert ours.write_adapter(*given) == target
+    assert sorted(path.name for path in target.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 # --- peft itself

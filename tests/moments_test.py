@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlhf_jax import checkpoints, optimizers, partitioning, supervised_step
+from nlhf_jax import checkpoints, cli, optimizers, partitioning, supervised_step
 from nlhf_jax.checks import UserError
-from nlhf_jax.conversion import t5x
+from nlhf_jax.conversion import safetensors_files, t5x
 from nlhf_jax.conversion.shapes import flat, nested
 from nlhf_jax.conversion.tensors import Moments, of_array
 from nlhf_jax.jobs import conversions, first_states, folders, moments, our_weights
@@ -16,6 +16,7 @@ from nlhf_jax.models.families import language_model
 from nlhf_jax.settings import MeshSettings, OptimizerSettings
 from nlhf_jax.t5_settings import T5Settings
 from nlhf_jax.types import TrainState
+from tests.conversion_toys import refused
 from tests.jobs_pipeline_test import data_in, run_sft, steps
 from tests.t5x_toys import NATIVE, unpack
 
@@ -125,15 +126,13 @@ def test_averages_of_another_network_are_refused(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    file = model_in(tmp_path / "m", moments_like("adafactor")) / moments.MOMENTS_FILE
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    flipped(model_in(tmp_path / "m", moments_like("adafactor")) / moments.MOMENTS_FILE)
     with pytest.raises(UserError, match=r"optimizer.safetensors is damaged: its dig"):
         moments.for_start(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_a_run_of_ours_is_exported_with_its_state(tmp_path, capsys, name):
+def test_a_run_of_ours_is_exported_with_its_state(tmp_path, capsys, caplog, name):
     """From a step's folder, array by array, to T5X and back beside a model."""
     run, wanted = model_in(tmp_path / "run"), moments_like(name, 5)
     optimizer = optimizer_of(name)
@@ -153,17 +152,102 @@ def test_a_run_of_ours_is_exported_with_its_state(tmp_path, capsys, name):
     with checkpoints.Checkpointer(run / "checkpoints") as saver:
         step = jnp.asarray(2, jnp.int32)
         saver.save(2, TrainState(step, {"params": params}, {"params": state}))
-    assert_same(our_weights.open_folder(run, {}).moments, wanted)
+    assert_same(our_weights.open_folder(run, {"optimizer": "true"}).moments, wanted)
+    assert our_weights.open_folder(run, {}).moments is None
     words = [f"--checkpoint={run}", f"--to={tmp_path / 't5x'}", "--format=t5x"]
     assert conversions.export_model([*words, "--check"]) == 0
     assert f"with the state of {name} after 5 updates, into" in capsys.readouterr().out
     assert_same(t5x.open_t5x(tmp_path / "t5x" / "checkpoint_5", {}).moments, wanted)
     words = [f"--from={tmp_path / 't5x'}", "--vocabulary=byte"]
     assert conversions.import_model([*words, f"--to={tmp_path / 'back'}"]) == 0
-    assert_same(our_weights.open_folder(tmp_path / "back", {}).moments, wanted)
+    assert_same(moments.for_start(tmp_path / "back"), wanted)
     without = [f"--to={tmp_path / 'bare'}", "--optimizer=false"]
     assert conversions.import_model([*words, *without]) == 0
     assert not (tmp_path / "bare" / moments.MOMENTS_FILE).exists()
+    # To our own format a run's state goes where that is asked for; else a word is said.
+    words = [f"--checkpoint={run}", "--format=nlhf"]
+    assert conversions.export_model([*words, f"--to={tmp_path / 'left'}"]) == 0
+    assert "(" + str(run / "checkpoints" / "2") + ") is not taken along" in caplog.text
+    assert not (tmp_path / "left" / moments.MOMENTS_FILE).exists()
+    assert our_weights.state_flag({"optimizer": "true"}) == our_weights.ANY
+
+
+def flipped(file):
+    """Changes the last byte of a file."""
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+def foreign(file):
+    """Writes what another program may have called so."""
+    safetensors_files.write(file, {"state.0": of_array(np.zeros(2, np.float32))})
+
+
+def converted(command, source, target):
+    option = "--checkpoint" if command == "export" else "--from"
+    return [command, f"{option}={source}", f"--to={target}"]
+
+
+@pytest.mark.parametrize("spoil", [flipped, foreign])
+def test_a_state_that_cannot_be_read_stops_only_who_reads_it(tmp_path, spoil, capsys):
+    """The model beside it is whole, and most formats hold no optimiser's state."""
+    folder = model_in(tmp_path / "m", moments_like("adafactor"))
+    spoil(folder / moments.MOMENTS_FILE)
+    assert our_weights.open_folder(folder, {}).moments is None
+    without = "--optimizer=false"
+    for number, words in enumerate(
+        (
+            ["export", "--format=hugging_face"],
+            ["export", "--format=nlhf", without],
+            ["export", "--format=t5x", without],
+            ["import", without],
+        )
+    ):
+        target = tmp_path / f"good_{number}"
+        assert cli.main([*converted(words[0], folder, target), *words[1:]]) == 0
+        assert not list(target.rglob(moments.MOMENTS_FILE))
+    for words in (
+        ["export", "--format=nlhf"],
+        ["export", "--format=t5x"],
+        ["import"],
+    ):
+        capsys.readouterr()
+        command = [*converted(words[0], folder, tmp_path / "bad"), *words[1:]]
+        said = refused(capsys, tmp_path / "bad", cli.main(command))
+        assert f"{moments.MOMENTS_FILE} " in said and "=false leaves it out" in said
+        assert "no checkpoint in" not in said
+
+
+def test_a_states_error_does_not_choose_an_older_step(tmp_path, monkeypatch):
+    run = model_in(tmp_path / "run")
+    params = nested({n: t.read() for n, t in our_weights.tensors_in(run).items()})
+    (run / "params.safetensors").unlink()
+    with checkpoints.Checkpointer(run / "checkpoints") as saver:
+        for step in (1, 2):
+            one = jax.tree.map(lambda leaf: jnp.full(leaf.shape, step, float), params)  # noqa: B023
+            saver.save(step, TrainState(jnp.asarray(step), {"params": one}, {}))
+
+    def broken(folder):
+        raise UserError(f"{folder.name} has a strange state")
+
+    monkeypatch.setattr(moments, "of_step", broken)
+    with pytest.raises(UserError, match="2 has a strange state; --optimizer=false"):
+        our_weights.open_folder(run, {"optimizer": "true"})
+    tensor = our_weights.open_folder(run, {}).tensors[TABLE]
+    assert (tensor.read() == 2).all()
+
+
+@pytest.mark.parametrize("words", [["export", "--format=nlhf"], ["import"]])
+def test_what_lies_beside_a_model_goes_from_ours_to_ours(tmp_path, words, capsys):
+    wanted = moments_like("adamw")
+    command = converted(words[0], model_in(tmp_path / "m", wanted), tmp_path / "out")
+    assert cli.main([*command, *words[1:]]) == 0
+    assert "with the state of adamw after 7 updates" in capsys.readouterr().out
+    assert_same(moments.for_start(tmp_path / "out"), wanted)
+    code = cli.main(
+        [*command[:2], *words[1:], f"--to={tmp_path / 'x'}", "--optimizer=y"]
+    )
+    assert "optimizer must be" in refused(capsys, tmp_path / "x", code)
 
 
 @pytest.mark.battery

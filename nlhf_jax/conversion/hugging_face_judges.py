@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges as Hugging Face's sequence classification, where a family has it exactly.
 
-Theirs applies a linear layer `score` to the last token's hidden state. Our score is one
+Theirs applies a linear layer `score` to the hidden state of the last token that is not
+`pad_token_id`, which several rows at once need. Our score is one
 row of the output layer there, which so becomes that layer. T5's class has more layers
 than one, and none caps its logits (Gemma 2): such a judge stays text to text.
 """
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nlhf_jax.conversion.hugging_face import their_name
+from nlhf_jax.conversion.hugging_face_writing import ARCHITECTURES
 from nlhf_jax.conversion.tensors import Tensor, Weights
 from nlhf_jax.decoder_settings import DecoderOnlySettings
 
@@ -43,12 +45,15 @@ def as_classifier(
     kept = {name: tensor for name, tensor in tensors.items() if name != OUTPUT}
     shape = (1, output.shape[1])
     kept[SCORE] = Tensor(shape, output.dtype, lambda: output.read()[row : row + 1])
-    (named,) = config["architectures"]
-    name = NAMES.get(config["model_type"], named.removesuffix(TEXT))
+    # A kept configuration may name no class, or several, or other labels.
+    family = config["model_type"]
+    name = NAMES.get(family, ARCHITECTURES[family].removesuffix(TEXT))
     label = "SCORE"
     changed = {
         "architectures": [f"{name}{CLASSIFIER}"],
         "id2label": {"0": label},
         "label2id": {label: 0},
+        "pad_token_id": weights.settings.pad_id,
     }
-    return dict(config) | changed, kept
+    said = {key: value for key, value in config.items() if key != "num_labels"}
+    return said | changed, kept

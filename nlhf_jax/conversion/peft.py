@@ -11,7 +11,9 @@ MODULE is Hugging Face's name of a kernel's module in the base. Ours are the tra
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -202,10 +204,12 @@ def write_adapter(
       base: name or folder of the base in Hugging Face's format, for their loaders.
 
     Raises:
-      UserError: something is in the folder, or the adapters are not this network's;
-        then nothing is written.
+      UserError: something is in the folder, it is a file or cannot be made, or the
+        adapters are not this network's; then nothing is written.
     """
     folder = pathlib.Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} must be a folder to make, and is a file")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} exists already; name another folder")
     known, leaves, tensors = kernels(settings), flat(adapters), {}
@@ -226,11 +230,30 @@ def write_adapter(
         name = f"{PREFIX}{modules[place]}.{LEAVES[leaf]}{END}"
         tensors[name] = of_array(np.ascontiguousarray(array))
     used = sorted({name.split(".")[-3] for name in tensors})
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write(folder / TENSORS_FILE, tensors, {"format": "pt"})
     config = json.dumps(_their_config(lora, used, settings, base), indent=2)
-    (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    _write_whole(folder.resolve(), tensors, config)
     return folder
+
+
+def _write_whole(
+    folder: pathlib.Path, tensors: Mapping[str, Tensor], config: str
+) -> None:
+    """Writes both files, or after an error neither and no folder.
+
+    Raises:
+      UserError: the disk is full, or may not be written to.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        safetensors_files.write(partial / TENSORS_FILE, tensors, {"format": "pt"})
+        (partial / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        partial.rename(folder)  # which takes an empty folder's place
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{str(folder)!r} is not written: {error}") from error
+        raise
 
 
 def _their_config(

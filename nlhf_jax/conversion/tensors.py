@@ -75,12 +75,19 @@ class Scoring:
       answer_id: the score is the logit of this id after the last token that is read.
       reads: what is read in order: ids of fixed words, or "x" (the prompt), "y" (the
         response that is scored) and "y'" (the one it is compared with), without their
-        ends. The last of it is what an encoder-decoder's decoder reads.
+        ends. The last of it is what an encoder-decoder's decoder reads. How "x" is
+        put is the `chat_template` and `system_prompt` of the weights.
+      prompt_length: tokens of a prompt that are read, those around its text among
+        them; later ones are not.
+      response_length: tokens that a response may have, its end among them; a longer
+        one is refused.
     """
 
     kind: str
     answer_id: int
     reads: tuple[str | tuple[int, ...], ...]
+    prompt_length: int
+    response_length: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,8 @@ def _parse(
     flags: dict[str, str] = {}
     for name in formats.FORMATS:
         for flag, text in getattr(formats.load(name), kind).items():
-            flags[flag] = f"{name}: {text}"
+            before = f"{flags[flag]}; " if flag in flags else ""
+            flags[flag] = f"{before}{name}: {text}"
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", default=None, help=text)
     options = parser.parse_args(list(words))

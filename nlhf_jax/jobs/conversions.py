@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.jobs import conversion_flags, folders, model_cards, our_weights
 from nlhf_jax.models.t5 import EOS_ID, PAD_ID
 
-HUGGING_FACE, PEFT = "hugging_face", "peft"
+HUGGING_FACE, PEFT, OURS = "hugging_face", "peft", "nlhf"
 GENERATION = "generation_config.json"
 _log = logging.getLogger(__name__)
 LOADED_AS_THEY_ARE = (HUGGING_FACE, "gguf")  # by transformers
@@ -57,14 +57,11 @@ def import_model(words: Sequence[str]) -> int:
     lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
     _say_other_ends(weights)
     with written_whole(target) as folder:
-        # Of a run of ours it lies in the run's checkpoints.
-        keeps = "optimizer" in chosen.open_flags
-        given = {"feature_lengths": lengths, "is_merged": False, "with_moments": keeps}
+        given = {"feature_lengths": lengths, "is_merged": False}
         our_weights.write_folder(folder, weights, given)
         if options.check:
             print(_check_import(name, source, folder, options))
-    also = _also(weights, keeps)
-    print(f"imported {summary(weights)} ({name}){also} into {options.to}")
+    print(f"imported {summary(weights)} ({name}){_also(weights)} into {options.to}")
     return 0
 
 
@@ -84,7 +81,8 @@ def export_model(words: Sequence[str]) -> int:
     conversion_flags.check_flags(options.format, own, chosen.write_flags)
     target = free_target("to", options.to)
     source = folders.expanded("checkpoint", options.checkpoint)
-    weights = our_weights.open_folder(source, {"judges": True})
+    wanted = {"judges": True, "optimizer": _state_wanted(options.format, chosen, own)}
+    weights = our_weights.open_folder(source, wanted)
     if weights.scoring is not None and options.check and options.format == HUGGING_FACE:
         raise UserError(
             "--check compares what language models say, got a "
@@ -106,10 +104,18 @@ def export_model(words: Sequence[str]) -> int:
         (folder / model_cards.CARD).write_text(card, encoding="utf-8")
         if options.check:
             print(_check_export(chosen, folder, weights, options, own))
-    keeps = "optimizer" in chosen.write_flags and own.get("optimizer") != "false"
-    also = _also(weights, keeps)
+    also = _also(weights)
     print(f"exported {summary(weights)}{also} into {options.to} ({options.format})")
     return 0
+
+
+def _state_wanted(name: str, chosen: formats.Format, own: Mapping[str, str]) -> str:
+    """Returns which optimiser's state an export reads; none that it does not write."""
+    if "optimizer" not in chosen.write_flags:
+        return our_weights.NONE
+    if name == OURS:
+        return our_weights.state_flag(own)
+    return own.get("optimizer") or our_weights.ANY
 
 
 def _say_other_ends(weights: Weights) -> None:
@@ -288,10 +294,10 @@ def summary(weights: Weights) -> str:
     return f"{len(weights.tensors)} tensors, {total:,} parameters"
 
 
-def _also(weights: Weights, is_kept: bool) -> str:
+def _also(weights: Weights) -> str:
     """Returns what is said of an optimiser's state that comes along."""
     found = weights.moments
-    if found is None or not is_kept:
+    if found is None:
         return ""
     return f", with the state of {found.optimizer} after {found.count:,} updates,"
 

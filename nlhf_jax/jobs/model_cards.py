@@ -51,7 +51,7 @@ def model_card(
     """
     parts = [_front(), f"# {_plain(name)}\n", _summary(weights)]
     if weights.scoring is not None:
-        parts.append(_block(scorings.in_words(weights)))
+        parts.append(_block(without_places(scorings.in_words(weights))))
     config = _read(folder / CONFIG_FILE)[:LONGEST_CONFIG]
     judge = _JUDGE.search(config)
     if judge:

@@ -8,12 +8,13 @@ from all of which the policy's parameters are taken.
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import shutil
 from typing import Any
 
 from nlhf_jax import manifests, parameter_files, stored_states
-from nlhf_jax.checks import CheckpointError, UserError, check_integer
+from nlhf_jax.checks import CheckpointError, UserError, check_choice, check_integer
 from nlhf_jax.conversion import peft, safetensors_files
 from nlhf_jax.conversion.formats import Format, Options
 from nlhf_jax.conversion.hugging_face_folders import THEIR_CONFIG
@@ -27,6 +28,9 @@ from nlhf_jax.types import POLICY
 # Beside vocabulary.model, what an imported model's folder keeps of its source.
 LANGUAGE_MODEL = "language_model"
 KEPT = (*COMPANIONS, THEIR_CONFIG)
+# Whether an optimiser's state is read: what lies beside a model, a run's too, or none.
+BESIDE, ANY, NONE = "beside", "true", "false"
+_log = logging.getLogger(__name__)
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -42,10 +46,12 @@ def open_folder(path: pathlib.Path, options: Options) -> Weights:
 
     Args:
       path: a model folder, its `checkpoints` folder, or one step's.
-      options: "judges", whether it may be a judge's.
+      options: "judges", whether it may be a judge's; "optimizer", whether the state of
+        its optimiser is read: "true", "beside" (not a run's) or "false", the default.
 
     Raises:
-      UserError: no model of such a kind, no checkpoint that is whole, or no vocabulary.
+      UserError: no model of such a kind, no checkpoint that is whole, or no vocabulary;
+        or a state that is asked for is damaged.
     """
     description = folders.description_of(path)
     is_judge = description.kind != LANGUAGE_MODEL
@@ -56,7 +62,10 @@ def open_folder(path: pathlib.Path, options: Options) -> Weights:
     files = {name: folder / name for name in KEPT if (folder / name).is_file()}
     if named != folders.BYTE_VOCABULARY:
         files[pathlib.Path(named).name] = pathlib.Path(named)
-    tensors, state = _opened(folders.resolve(path), description.lora is None)
+    tensors, source = _opened(folders.resolve(path))
+    wanted = options.get("optimizer") or NONE
+    # Of a model merged with adapters it would be of the numbers before.
+    state = _state(source, wanted) if description.lora is None else None
     weights = Weights(
         description.settings,
         tensors,
@@ -97,13 +106,11 @@ def tensors_in(path: pathlib.Path) -> dict[str, Tensor]:
     Raises:
       UserError: there is nothing, or nothing that is whole.
     """
-    return _opened(path, False)[0]
+    return _opened(path)[0]
 
 
-def _opened(
-    path: pathlib.Path, with_moments: bool
-) -> tuple[dict[str, Tensor], Moments | None]:
-    """Returns the policy's tensors in a folder, and its optimiser's state.
+def _opened(path: pathlib.Path) -> tuple[dict[str, Tensor], pathlib.Path]:
+    """Returns the policy's tensors in a folder, and the file or step they are of.
 
     Raises:
       UserError: there is nothing, or nothing that is whole.
@@ -112,16 +119,51 @@ def _opened(
     wrong = []
     for source in sources:
         try:
-            if source.is_dir():
-                tensors, moments_of = _of_step(source), moments.of_step
-            else:
-                tensors, moments_of = _of_file(source), moments.beside
-            return tensors, moments_of(source) if with_moments else None
+            is_step = source.is_dir()
+            return _of_step(source) if is_step else _of_file(source), source
         except (CheckpointError, UserError, OSError) as error:
             wrong.append(f"{source.name}: {error}")
     raise UserError(
         f"no checkpoint in {str(path)!r} is readable: {'; '.join(wrong) or 'none'}"
     )
+
+
+def _state(source: pathlib.Path, wanted: str) -> Moments | None:
+    """Returns the optimiser's state of a parameter file or a step's folder.
+
+    Raises:
+      UserError: it is damaged or of another program; says what leaves it out.
+    """
+    if wanted == NONE:
+        return None
+    if source.is_dir() and wanted == BESIDE:
+        _log.warning(
+            "the optimiser's state of a run's checkpoint (%s) is not taken along: "
+            "--optimizer=true takes it",
+            source,
+        )
+        return None
+    try:
+        return moments.of_step(source) if source.is_dir() else moments.beside(source)
+    except Exception as error:  # of any program that writes such a file
+        raise UserError(
+            f"the optimiser's state of {source} cannot be read: {error}; "
+            "--optimizer=false leaves it out"
+        ) from error
+
+
+def state_flag(options: Options) -> str:
+    """Returns which optimiser's state goes from one of our folders to another.
+
+    Raises:
+      UserError: the option is neither "true" nor "false".
+    """
+    text = options.get("optimizer") or ""
+    return check_choice("optimizer", text, ("", ANY, NONE)) or BESIDE
+
+
+def _open(path: pathlib.Path, options: Options) -> Weights:
+    return open_folder(path, {**options, "optimizer": state_flag(options)})
 
 
 def _of_step(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -149,8 +191,7 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
       folder: empty.
       weights: of any language model.
       options: "feature_lengths", {"inputs": tokens, "targets": tokens}; "is_merged",
-        whether adapters are written as a part of their base and not by themselves;
-        "with_moments", whether the optimiser's state comes along.
+        whether adapters are written as a part of their base and not by themselves.
 
     Raises:
       UserError: lengths below 1, or weights without a vocabulary.
@@ -183,7 +224,7 @@ def write_folder(folder: pathlib.Path, weights: Weights, options: Options) -> No
         tensors,
         {parameter_files.HEADER: json.dumps(header)},
     )
-    if weights.moments is not None and options.get("with_moments"):
+    if weights.moments is not None:
         moments.write(folder, weights.moments)
 
 
@@ -204,9 +245,12 @@ def vocabulary_of(weights: Weights) -> str:
     )
 
 
+OPTIMIZER_FLAG = "true or false; default: true beside a model, false of a run's"
 FORMAT = Format(
     looks_for="a model folder with model.json",
     recognises=recognises,
-    open=open_folder,
+    open=_open,
     write=write_folder,
+    open_flags={"optimizer": OPTIMIZER_FLAG},
+    write_flags={"optimizer": OPTIMIZER_FLAG},
 )

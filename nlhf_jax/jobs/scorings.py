@@ -25,11 +25,16 @@ def scoring_of(description: folders.ModelDescription, vocabulary: Any) -> Scorin
     start = tuple(prompts.frame_of(vocabulary)[0])
     end = (end_of(description.settings),)
 
+    lengths = (
+        description.feature_lengths["inputs"],
+        description.feature_lengths["targets"],
+    )
+
     def encode(text: str) -> Sequence[int]:
         return vocabularies.encode(text, vocabulary)
 
     if description.kind == "reward":
-        return _of_reward(encode, start, end)
+        return _of_reward(encode, start, end, lengths)
     words = inputs.pairwise_template(encode)
     reads = (
         (*start, *words.instruction),
@@ -41,23 +46,28 @@ def scoring_of(description: folders.ModelDescription, vocabulary: Any) -> Scorin
         (*words.end, *end),
         "y",
     )
-    return Scoring(description.kind, words.answer_id, reads)
+    return Scoring(description.kind, words.answer_id, reads, *lengths)
 
 
 def _of_reward(
-    encode: Callable[[str], Sequence[int]], start: tuple[int, ...], end: tuple[int, ...]
+    encode: Callable[[str], Sequence[int]],
+    start: tuple[int, ...],
+    end: tuple[int, ...],
+    lengths: tuple[int, int],
 ) -> Scoring:
     words = inputs.reward_template(encode)
     reads = ((*start, *words.context), "x", words.before_response, "y", end, "y")
-    return Scoring("reward", words.answer_id, reads)
+    return Scoring("reward", words.answer_id, reads, *lengths)
 
 
 def in_words(weights: Weights) -> str:
-    """Returns a paragraph that says how a judge's numbers come about."""
+    """Returns paragraphs that say how a judge's numbers come about."""
     found = weights.scoring
     parts = [part if isinstance(part, str) else str(list(part)) for part in found.reads]
+    padding = ""
     if hugging_face_judges.is_classifier(weights):
         score = "The score is the one number of sequence classification"
+        padding = _on_padding(weights.settings.pad_id)
     else:
         score = f"The score is the logit of id {found.answer_id} after the last token"
     where = "It reads the ids"
@@ -68,4 +78,40 @@ def in_words(weights: Weights) -> str:
         f"It is a {found.kind} model. {where} {' + '.join(parts)}, where x is the "
         "prompt and y the response, without their end and beginning ids. "
         f"{score}. {FORMULAS[found.kind]}\n"
+        f"{_on_lengths(found)}{_on_prompts(weights)}{padding}"
+    )
+
+
+def _on_lengths(found: Scoring) -> str:
+    return (
+        f"Of a prompt only the first {found.prompt_length} tokens are read, all that "
+        "stands around its text counted; in training a longer one lost the end of its "
+        "text and kept what stands after it. A response has at most "
+        f"{found.response_length} tokens, its end counted: a longer one is not "
+        "scored.\n"
+    )
+
+
+def _on_prompts(weights: Weights) -> str:
+    """Returns how the prompt's text becomes x."""
+    put = weights.chat_template
+    if put is None:
+        return "Whether x was put in a chat template in training is not recorded.\n"
+    if put == folders.NO_TEMPLATE:
+        return "x is the prompt as it is, in no chat template.\n"
+    said = f"the system prompt {weights.system_prompt!r}"
+    return (
+        "x is the prompt in the tokenizer's chat template, as the user's turn, with "
+        f"{said if weights.system_prompt else 'no system prompt'} before it and the "
+        "beginning of the answer's turn after it.\n"
+    )
+
+
+def _on_padding(pad_id: int) -> str:
+    """Returns what rows of different lengths need where the last token is pooled."""
+    return (
+        f"Rows of different lengths are padded with id {pad_id} (pad_token_id), at the "
+        "right, or at the left with an attention mask. The score is taken at a row's "
+        f"last id that is not {pad_id}, so what is read must not end in it: a row that "
+        "does is read by itself, with pad_token_id None.\n"
     )
