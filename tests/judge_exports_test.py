@@ -147,7 +147,8 @@ def test_a_padded_batch_is_scored_as_the_card_says(tmp_path, kept_padding):
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"padded with id {pad} (pad_token_id)" in card
     responses = [(80, 81), (90, 91, 92, 93), (100,)]
-    ids = [sum(ids_of(source, X, one)[1], []) for one in responses]
+    parts = [ids_of(source, X, one)[1] for one in responses]
+    ids = [[token for part in one for token in part] for one in parts]
     width = max(map(len, ids))
     wanted = rewards_of(source, responses)
     for is_right in (True, False):
@@ -200,11 +201,10 @@ def test_the_class_does_not_hang_on_what_a_configuration_named(tmp_path, named):
     ],
 )
 def test_the_card_says_what_of_a_prompt_is_read(tmp_path, put, system, said):
-    description = folders.ModelDescription("reward", SHAPES["t5_1_1"], LENGTHS)
-    description = dataclasses.replace(
-        description, chat_template=put, system_prompt=system
-    )
     folder = judge_in(tmp_path / "judge", "t5_1_1", "reward")
+    description = dataclasses.replace(
+        folders.description_of(folder), chat_template=put, system_prompt=system
+    )
     (folder / folders.DESCRIPTION_FILE).write_text(description.to_json())
     weights = our_weights.open_folder(folder, {"judges": True})
     assert weights.scoring.prompt_length == LENGTHS["inputs"]
