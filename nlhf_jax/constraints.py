@@ -66,6 +66,14 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def may_be_cut_up() -> bool:
+    """Returns whether arrays may lie on several devices without a mesh that says how.
+
+    What is compiled then is cut up by the compiler alone, which cannot cut a kernel.
+    """
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+
+
 def per_device(
     fn: Callable[..., Array],
     arguments: Sequence[LogicalAxes],

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 
 VARIABLE = "NLHF_HUGE_PAGES"
+MARK = "NLHF_HUGE_PAGES_ASKED"  # of a second start, and of all that it starts
 TUNABLES, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 FIRST_GLIBC = (2, 35)  # that knows the tunable
 ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -32,18 +33,22 @@ def environment(
 
     Returns:
       None where nothing is to be changed: they were asked for or refused already (0 in
-      NLHF_HUGE_PAGES, or a value of the tunable), the library does not know how, or
-      the kernel gives them to all or to nobody.
+      NLHF_HUGE_PAGES, or a value of the tunable), this is a second start or was
+      started by one (else it would go on for ever where something takes the tunable
+      away), the library does not know how, or the kernel gives them to all or to
+      nobody.
     """
     name, _, version = library.partition(" ")
     if before.get(VARIABLE) == "0" or TUNABLE in before.get(TUNABLES, ""):
+        return None
+    if MARK in before:
         return None
     if name != "glibc" or _numbers(version) < FIRST_GLIBC:
         return None
     if "[madvise]" not in enabled:
         return None
     said = [before[TUNABLES]] if before.get(TUNABLES) else []
-    return dict(before) | {TUNABLES: ":".join([*said, f"{TUNABLE}=1"])}
+    return dict(before) | {TUNABLES: ":".join([*said, f"{TUNABLE}=1"]), MARK: "1"}
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -14,6 +14,12 @@ ASKED = "always [madvise] never"
 ONE = "glibc.malloc.hugetlb=1"
 
 
+@pytest.fixture(autouse=True)
+def _first_start(monkeypatch):
+    for name in ("GLIBC_TUNABLES", "NLHF_HUGE_PAGES", huge_pages.MARK):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     "before, after",
     [
@@ -26,7 +32,7 @@ ONE = "glibc.malloc.hugetlb=1"
 def test_the_tunable_is_added_to_what_is_there(before, after):
     before = before | {"HOME": "/root"}
     found = huge_pages.environment(before, "glibc 2.36", ASKED)
-    assert found == before | {"GLIBC_TUNABLES": after}
+    assert found == before | {"GLIBC_TUNABLES": after, huge_pages.MARK: "1"}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,8 @@ def test_the_tunable_is_added_to_what_is_there(before, after):
         ({"NLHF_HUGE_PAGES": "0"}, "glibc 2.36", ASKED),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc 2.36", ASKED),
         ({"GLIBC_TUNABLES": ONE}, "glibc 2.36", ASKED),
+        ({huge_pages.MARK: "1"}, "glibc 2.36", ASKED),
+        ({huge_pages.MARK: "1", "GLIBC_TUNABLES": ""}, "glibc 2.36", ASKED),
         ({}, "glibc 2.34", ASKED),
         ({}, "glibc 2.9", ASKED),
         ({}, "glibc two", ASKED),
@@ -68,8 +76,6 @@ def test_the_same_command_is_started_with_the_new_environment(monkeypatch, tmp_p
     monkeypatch.setattr(os, "execve", exec_)
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nlhf_jax", "train"])
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("NLHF_HUGE_PAGES", raising=False)
     with pytest.raises(Started) as started:
         huge_pages.start_again()
     assert started.value.args == (sys.executable, sys.orig_argv, ONE)
@@ -89,7 +95,6 @@ def test_a_system_that_does_not_play_along_changes_nothing(
 ):
     (tmp_path / "enabled").write_text(ASKED)
     monkeypatch.setattr(huge_pages, "ENABLED", tmp_path / "enabled")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(os, name, _raises(error))
     assert huge_pages.start_again() is None
 
@@ -110,21 +115,29 @@ def test_only_what_works_is_started_again(words, times, monkeypatch):
     assert len(calls) == times
 
 
-def test_a_process_keeps_its_number_words_and_exit_code(tmp_path):
-    """A real second start, on a kernel that is said to give huge pages if asked."""
+@pytest.mark.parametrize("is_emptied", [False, True])
+def test_a_process_keeps_its_number_words_and_exit_code(is_emptied, tmp_path):
+    """A real second start, on a kernel that is said to give huge pages if asked.
+
+    Where something takes the tunable away, as a wrapper may, there is no third.
+    """
     (tmp_path / "enabled").write_text(ASKED)
     source = (
         "import os, pathlib, sys\n"
         "from nlhf_jax import huge_pages\n"
         f"huge_pages.ENABLED = pathlib.Path({str(tmp_path / 'enabled')!r})\n"
         "tunables = os.environ.get('GLIBC_TUNABLES')\n"
+        "starts = int(os.environ.get('STARTS', '0')) + 1\n"
+        "os.environ['STARTS'] = str(starts)\n"
+        "if starts > 2: sys.exit('a third start')\n"
+        f"if {is_emptied}: os.environ['GLIBC_TUNABLES'] = ''\n"
         "print(os.getpid(), sys.argv[1:], tunables, flush=True)\n"
         "huge_pages.start_again()\n"
         "sys.exit(3)\n"
     )
     path = tmp_path / "job.py"
     path.write_text(source)
-    clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    clean = dict(os.environ)
     clean["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run(
         [sys.executable, str(path), "a b", "--c=d"],

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nlhf_jax.constraints import per_device, platform
+from nlhf_jax.constraints import may_be_cut_up, per_device, platform
 from nlhf_jax.models.unembedding import soft_capped
 from nlhf_jax.settings import MemorySettings
 
 MASKED = -1e10  # logit of a key that must not be seen
 KERNEL_BLOCK = 128  # positions; a TPU kernel's lengths are multiples of it
 LARGEST_BLOCK = 512
+LARGEST_HEAD = 128  # of cuDNN's kernel on every GPU that has it; Hopper takes 256
+HEAD_PARTS = 8  # a head's width is a multiple of it, for cuDNN
 Queries = Float[Array, "B G U Q K"]
 Keys = Float[Array, "B G N K"]
 Visible = Bool[Array, "B Q N"]
@@ -48,8 +50,9 @@ def attention(
     "plain" keeps the weights for the backward pass, "recomputed" computes them again
     there, "chunked" does so for `memory.attention_chunk` queries at a time, forward
     too. "automatic" takes the kernel of the platform that is compiled for where there
-    is one: on a TPU `splash`, on a GPU cuDNN's for bfloat16 without a cap; elsewhere,
-    and where keys are not seen in order, it is "recomputed".
+    is one: on a TPU `splash`, on a GPU cuDNN's for bfloat16 without a cap and heads
+    that are multiples of 8 up to 128 wide. It is "recomputed" elsewhere, where keys are
+    not seen in order (a sliding window), and on several devices without a mesh.
 
     Args:
       query_BGUQK: queries, not scaled.
@@ -127,9 +130,8 @@ def _chunked(
     missing = num_chunks * chunk - length
 
     def in_chunks(array: Array, axis: int) -> Array:
-        pad = [(0, missing if i == axis else 0) for i in range(array.ndim)]
         shape = (*array.shape[:axis], num_chunks, chunk, *array.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(array, pad).reshape(shape), axis, 0)
+        return jnp.moveaxis(_filled(array, axis, missing).reshape(shape), axis, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(part: tuple[Queries, Visible]) -> Queries:
@@ -145,12 +147,20 @@ def _kernel(
     query_BGUQK: Queries, is_causal: bool, soft_cap: float
 ) -> Callable[..., Queries] | None:
     """Returns the platform's kernel for such an attention, or None."""
-    if not is_causal:
+    if not is_causal or may_be_cut_up():
         return None
     if platform() == "tpu":
         return splash
-    has_cudnn = platform() in ("gpu", "cuda") and query_BGUQK.dtype == jnp.bfloat16
-    return cudnn if has_cudnn and not soft_cap else None
+    if platform() not in ("gpu", "cuda") or soft_cap:
+        return None
+    width = query_BGUQK.shape[-1]
+    fits = width <= LARGEST_HEAD and width % HEAD_PARTS == 0
+    return cudnn if fits and query_BGUQK.dtype == jnp.bfloat16 else None
+
+
+def _filled(array: Array, axis: int, missing: int) -> Array:
+    """Returns the array with `missing` zeros (or Falses) after the others of an axis."""
+    return jnp.pad(array, [(0, missing * (i == axis)) for i in range(array.ndim)])
 
 
 def splash(
@@ -211,10 +221,6 @@ def splash(
         read_HQK = kernel(query_HQK, keys_GNK, values_GNK, segments)
         return read_HQK.reshape(groups, heads // groups, whole, -1)
 
-    def padded(array: Array, axis: int) -> Array:
-        pad = [(0, missing if i == axis else 0) for i in range(array.ndim)]
-        return jnp.pad(array, pad)
-
     of_keys = ("batch", "heads", None, None)
     of_queries = ("batch", "heads", None, None, None)
     read = per_device(
@@ -223,10 +229,10 @@ def splash(
         of_queries,
     )
     found = read(
-        padded(query_BGUQK, 3),
-        padded(keys_BGNK, 2),
-        padded(values_BGNK, 2),
-        padded(is_key_BN, 1).astype(jnp.int32),
+        _filled(query_BGUQK, 3, missing),
+        _filled(keys_BGNK, 2, missing),
+        _filled(values_BGNK, 2, missing),
+        _filled(is_key_BN, 1, missing).astype(jnp.int32),
     )
     return found[:, :, :, :length]
 
@@ -244,7 +250,7 @@ def cudnn(
     """Returns causal self-attention by cuDNN's fused kernel, for GPUs.
 
     Args:
-      query_BGUQK: queries, bfloat16 for cuDNN; Q = N.
+      query_BGUQK: queries, bfloat16 for cuDNN; Q = N, and filled up to an even number.
       keys_BGNK: keys.
       values_BGNK: values.
       is_key_BN: False on padding.
@@ -254,10 +260,15 @@ def cudnn(
     """
     del soft_cap
     batch, groups, shared, length, width = query_BGUQK.shape
-    query_BHQK = query_BGUQK.reshape(batch, groups * shared, length, width)
-    before_QN = np.tril(np.ones((length, length), bool))
+    missing = length % 2  # its gradient of a mask takes no odd lengths
+    whole = length + missing
+    query_BGUQK = _filled(query_BGUQK, 3, missing)
+    keys_BGNK, values_BGNK = (_filled(x, 2, missing) for x in (keys_BGNK, values_BGNK))
+    is_key_BN = _filled(is_key_BN, 1, missing)
+    query_BHQK = query_BGUQK.reshape(batch, groups * shared, whole, width)
+    before_QN = np.tril(np.ones((whole, whole), bool))
     # A column of padding sees itself, for a row that sees nothing is no number.
-    own_QN = jnp.eye(length, dtype=bool)[None]
+    own_QN = jnp.eye(whole, dtype=bool)[None]
     mask_BQN = (is_key_BN[:, None, :] & before_QN[None]) | own_QN
     read_BQHK = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (query_BHQK, keys_BGNK, values_BGNK)),
@@ -265,4 +276,5 @@ def cudnn(
         scale=scale,
         implementation=implementation,
     )
-    return read_BQHK.swapaxes(1, 2).reshape(query_BGUQK.shape)
+    read_BGUQK = read_BQHK.swapaxes(1, 2).reshape(query_BGUQK.shape)
+    return read_BGUQK[:, :, :, :length]
