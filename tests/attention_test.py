@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from nlhf_jax import constraints
+from nlhf_jax import constraints, partitioning
 from nlhf_jax.checks import UserError
 from nlhf_jax.models import attention as ours
 from nlhf_jax.models.decoder_only import decoder_only_language_model
-from nlhf_jax.settings import MemorySettings
+from nlhf_jax.settings import MemorySettings, MeshSettings
 from tests import decoder_only_toys
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -170,9 +171,10 @@ def test_the_kernel_for_tpus_reads_as_the_plain_way_where_anybody_looks(soft_cap
     )
 
 
-def test_the_kernel_for_gpus_reads_as_the_plain_way_where_anybody_looks():
+@pytest.mark.parametrize("length", [11, 12])
+def test_the_kernel_for_gpus_reads_as_the_plain_way_where_anybody_looks(length):
     """The same call without cuDNN, which is not at hand."""
-    *qkv, is_key_BN, visible = given()
+    *qkv, is_key_BN, visible = given(length)
     found = ours.cudnn(*qkv, is_key_BN, implementation="xla", **HOW)
     expected = ours.plain(*qkv, visible, **HOW)
     looked = np.broadcast_to(
@@ -182,6 +184,39 @@ def test_the_kernel_for_gpus_reads_as_the_plain_way_where_anybody_looks():
         np.asarray(found)[looked], np.asarray(expected)[looked], atol=1e-5
     )
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("length", [11, 12])
+def test_the_kernel_for_gpus_gets_an_even_number_of_columns(length, monkeypatch):
+    """Its gradient with a mask takes no others; prompts and responses make S + T - 1."""
+    *qkv, is_key_BN, _ = given(length)
+    asked, read = [], jax.nn.dot_product_attention
+
+    def recorded(query, key, value, *, mask, **rest):
+        asked.extend([query.shape[1], key.shape[1], value.shape[1], *mask.shape[2:]])
+        return read(query, key, value, mask=mask, **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    found = ours.cudnn(*qkv, is_key_BN, implementation="xla", **HOW)
+    assert set(asked) == {12}
+    assert found.shape == qkv[0].shape
+
+
+def test_gradients_of_an_odd_number_of_columns_are_those_of_the_plain_way():
+    *qkv, is_key_BN, visible = given(11)
+
+    def slopes(read):
+        def loss(*qkv):  # of the columns that anybody looks at
+            return (jnp.sin(read(*qkv)) * is_key_BN[:, None, None, :, None]).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*qkv)
+
+    filled = slopes(
+        lambda *qkv: ours.cudnn(*qkv, is_key_BN, implementation="xla", **HOW)
+    )
+    plain = slopes(lambda *qkv: ours.plain(*qkv, visible, **HOW))
+    for one, two in zip(filled, plain, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +235,52 @@ def test_which_kernel_a_platform_has(
     platform, is_causal, dtype, soft_cap, kernel, monkeypatch
 ):
     monkeypatch.setattr(ours, "platform", lambda: platform)
-    query = jnp.zeros((1, 1, 1, 4, 4), dtype)
+    query = jnp.zeros((1, 1, 1, 4, 64), dtype)
     assert ours._kernel(query, is_causal, soft_cap) is kernel
+
+
+@pytest.mark.parametrize(
+    "width, kernel",
+    [(8, ours.cudnn), (128, ours.cudnn), (4, None), (100, None), (136, None)],
+)
+def test_heads_that_the_kernel_for_gpus_lacks_go_without(width, kernel, monkeypatch):
+    monkeypatch.setattr(ours, "platform", lambda: "gpu")
+    query = jnp.zeros((1, 1, 1, 4, width), jnp.bfloat16)
+    assert ours._kernel(query, True, 0.0) is kernel
+
+
+@pytest.mark.parametrize("platform, kernel", [("tpu", ours.splash), ("gpu", ours.cudnn)])
+def test_on_several_devices_a_kernel_needs_a_mesh(platform, kernel, monkeypatch):
+    """An evaluation is compiled without one, whatever its parameters lie on."""
+    query = jnp.zeros((1, 1, 1, 4, 64), jnp.bfloat16)
+    mesh = partitioning.make_mesh(MeshSettings(), jax.devices()[:1])
+    monkeypatch.setattr(ours, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert ours._kernel(query, True, 0.0) is None
+    with jax.set_mesh(mesh):
+        assert ours._kernel(query, True, 0.0) is kernel
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert ours._kernel(query, True, 0.0) is kernel
+
+
+def test_what_lies_on_several_tpus_is_compiled_for_them_without_a_mesh(monkeypatch):
+    """Lowered for TPUs that need not exist, as an evaluation's program is."""
+    monkeypatch.setattr(ours, "platform", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",))
+    *qkv, _, visible = (
+        jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("data"))
+        )
+        for x in given(128, 128)
+    )
+    memory = MemorySettings(attention="automatic")
+
+    def read(*given):
+        return ours.attention(*given, is_causal=True, memory=memory, **HOW)
+
+    traced = jax.jit(read).trace(*qkv, visible)
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_without_a_mesh_the_platform_is_the_backends():
@@ -247,10 +326,8 @@ def test_bad_settings_are_refused(settings, said):
 def test_the_kernel_for_tpus_compiles_for_each_device_of_a_mesh():
     """Forward and backward, rows split over four chips that need not exist."""
     pytest.importorskip("libtpu", reason="no TPU compiler")
-    from nlhf_jax import partitioning
     from nlhf_jax.decoder_settings import DecoderOnlySettings
     from nlhf_jax.scale import chips
-    from nlhf_jax.settings import MeshSettings
     from nlhf_jax.types import PromptBatch
 
     settings = DecoderOnlySettings(64, 128, 1, 1, 128, 128, 1, dtype="bfloat16")
