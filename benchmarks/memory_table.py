@@ -64,6 +64,31 @@ gradients among them, with a loop over layers, everything recomputed and the voc
 in 8 chunks. [scale.md](scale.md) says how far from the compiler's a plan is: for
 `train`, compile before you trust a close verdict.
 
+## Attention's weights
+
+Beside the layers' inputs, a decoder-only model keeps for its backward pass the
+attention weights of all queries and keys, which grow with the square of prompt plus
+response. `MemorySettings.attention` says otherwise; all ways agree to rounding.
+
+* `plain`, the default, keeps them.
+* `recomputed` (`--gin.ATTENTION='"recomputed"'`) makes them again in the backward pass,
+  one layer at a time.
+* `chunked` makes them for `attention_chunk` queries at a time
+  (`--gin.ATTENTION_CHUNK=128`), so that all of them never exist at once.
+* `automatic` takes the platform's kernel: JAX's splash attention on TPUs, cuDNN's on
+  GPUs in bfloat16, without a soft cap on the logits, with heads whose width is a
+  multiple of 8 up to 128. It is `recomputed` elsewhere: on CPUs, in models with a
+  sliding window (all their layers), and on several devices outside the train step, as
+  in evaluations.
+
+A step of decoding keeps nothing for a backward pass and reads its cache as ever.
+
+T5 has `plain` alone and refuses the rest; `MemorySettings.remat = 'full'` computes its
+attention again, as all of a layer. A T5 judge beside a decoder-only policy stays
+`plain`. The table below is of `plain`.
+
+## The table
+
 """
 
 

@@ -30,7 +30,8 @@ class MemorySettings:
       num_vocab_chunks: parts of the vocabulary whose logits exist at once, when given
         tokens are scored; it divides the vocabulary's size.
       attention: of decoder-only models: "plain" keeps all weights, "recomputed" and
-        "chunked" make them again, "automatic" has kernels; see `models.attention`.
+        "chunked" make them again, "automatic" has kernels; see `models.attention`. T5
+        has "plain" alone.
       attention_chunk: queries at a time, where "chunked".
       compute_dtype: of the activations, "float32" or "bfloat16"; "" is the model's own.
         Parameters, softmax, logits and log-probabilities stay float32.

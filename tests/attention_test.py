@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nlhf_jax import constraints, partitioning
 from nlhf_jax.checks import UserError
+from nlhf_jax.decoder_settings import DecoderOnlySettings, T5Settings
 from nlhf_jax.models import attention as ours
+from nlhf_jax.models import families
 from nlhf_jax.models.decoder_only import decoder_only_language_model
 from nlhf_jax.settings import MemorySettings, MeshSettings
 from tests import decoder_only_toys
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 HOW = {"scale": 0.3, "soft_cap": 0.0}
 CHUNKS = [MemorySettings(attention="chunked", attention_chunk=n) for n in (1, 4, 5)]
+T5 = T5Settings(16, 8, 1, 2, 4, 1, 1)
 WAYS = [
     MemorySettings(),
     MemorySettings(attention="recomputed"),
@@ -249,7 +252,9 @@ def test_heads_that_the_kernel_for_gpus_lacks_go_without(width, kernel, monkeypa
     assert ours._kernel(query, True, 0.0) is kernel
 
 
-@pytest.mark.parametrize("platform, kernel", [("tpu", ours.splash), ("gpu", ours.cudnn)])
+@pytest.mark.parametrize(
+    "platform, kernel", [("tpu", ours.splash), ("gpu", ours.cudnn)]
+)
 def test_on_several_devices_a_kernel_needs_a_mesh(platform, kernel, monkeypatch):
     """An evaluation is compiled without one, whatever its parameters lie on."""
     query = jnp.zeros((1, 1, 1, 4, 64), jnp.bfloat16)
@@ -322,11 +327,29 @@ def test_bad_settings_are_refused(settings, said):
         MemorySettings(**settings)
 
 
+@pytest.mark.parametrize("way", ["recomputed", "chunked", "automatic"])
+def test_t5_refuses_a_way_that_it_lacks(way):
+    with pytest.raises(UserError) as refused:
+        families.language_model(T5, MemorySettings(attention=way))
+    assert str(refused.value) == (
+        "attention must be 'plain' for T5, which has no other (remat='full' computes "
+        f"it again), got {way!r}"
+    )
+
+
+def test_a_judge_of_t5_attends_plainly_beside_any_policy():
+    memory = MemorySettings("full", attention="automatic", attention_chunk=4)
+    kept = families.judge_memory(T5, memory)
+    assert kept == dataclasses.replace(memory, attention="plain")
+    families.language_model(T5, kept)
+    decoder_only = decoder_only_toys.FAMILIES["llama_3"]
+    assert families.judge_memory(decoder_only, memory) == memory
+
+
 @pytest.mark.battery
 def test_the_kernel_for_tpus_compiles_for_each_device_of_a_mesh():
     """Forward and backward, rows split over four chips that need not exist."""
     pytest.importorskip("libtpu", reason="no TPU compiler")
-    from nlhf_jax.decoder_settings import DecoderOnlySettings
     from nlhf_jax.scale import chips
     from nlhf_jax.types import PromptBatch
 

@@ -17,7 +17,7 @@ from nlhf_jax.decoder_settings import ModelSettings
 from nlhf_jax.jobs import adapters, folders, policies
 from nlhf_jax.jobs.generation import batch_slices, take
 from nlhf_jax.models.adapters import adapted, adapter_axes
-from nlhf_jax.models.families import end_of
+from nlhf_jax.models.families import end_of, judge_memory
 from nlhf_jax.preferences import inputs, judges, pairwise, reward
 from nlhf_jax.settings import LoraSettings, MemorySettings, MeshSettings
 from nlhf_jax.types import (
@@ -165,7 +165,8 @@ def load_judge(
             vocabulary = vocabularies.load_vocabulary(
                 folders.vocabulary_file(checkpoint)
             )
-            models[kind] = BUILDERS[kind](description, vocabulary, memory)
+            kept = judge_memory(description.settings, memory)
+            models[kind] = BUILDERS[kind](description, vocabulary, kept)
             if shared and description.lora and description.base_digest == shared[0]:
                 loras[kind] = description.lora
                 frozen[kind] = adapters.load_adapters(checkpoint, models[kind], mesh)

@@ -30,7 +30,7 @@ from nlhf_jax.jobs import (
 from nlhf_jax.jobs.abstract_batches import params_of, prompts_of, responses_of
 from nlhf_jax.jobs.shares import WHOLE, Share
 from nlhf_jax.models.adapters import with_base
-from nlhf_jax.models.families import language_model
+from nlhf_jax.models.families import judge_memory, language_model
 from nlhf_jax.preferences.judges import learned_judge
 from nlhf_jax.preferences.outside import indifferent
 from nlhf_jax.settings import (
@@ -228,7 +228,14 @@ def _policy_program(
     length = length or lengths["targets"]
     models = _models(said, given, algorithm)
     nets = {
-        kind: _judge_network(kind, model, lengths["inputs"], length, memory, share)
+        kind: _judge_network(
+            kind,
+            model,
+            lengths["inputs"],
+            length,
+            judge_memory(model.settings, memory),
+            share,
+        )
         for kind, model in models.items()
     }
     lora = said["lora"]

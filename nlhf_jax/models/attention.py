@@ -159,7 +159,7 @@ def _kernel(
 
 
 def _filled(array: Array, axis: int, missing: int) -> Array:
-    """Returns the array with `missing` zeros (or Falses) after the others of an axis."""
+    """Returns the array with `missing` zeros (Falses) after the others of an axis."""
     return jnp.pad(array, [(0, missing * (i == axis)) for i in range(array.ndim)])
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which network a model's settings mean."""
 
+import dataclasses
+
 from nlhf_jax.checks import UserError
 from nlhf_jax.decoder_settings import DecoderOnlySettings, ModelSettings
 from nlhf_jax.models.decoder_only import decoder_only_language_model
@@ -16,11 +18,22 @@ def language_model(
     """Returns the network of some settings; equal settings give equal functions.
 
     Raises:
-      UserError: the chunks of the vocabulary do not divide it.
+      UserError: the chunks of the vocabulary do not divide it, or T5 is to attend in
+        another way than "plain".
     """
     if isinstance(settings, DecoderOnlySettings):
         return decoder_only_language_model(settings, memory)
     return t5_language_model(settings, memory)
+
+
+def judge_memory(settings: ModelSettings, memory: MemorySettings) -> MemorySettings:
+    """Returns what a judge of any family keeps beside a policy with `memory`.
+
+    A T5 judge attends in its only way, whichever the policy was given.
+    """
+    if isinstance(settings, DecoderOnlySettings):
+        return memory
+    return dataclasses.replace(memory, attention="plain")
 
 
 def end_of(settings: ModelSettings) -> int:

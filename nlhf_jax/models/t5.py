@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nlhf_jax import sequences
+from nlhf_jax.checks import UserError
 from nlhf_jax.constraints import constrain
 from nlhf_jax.models.functions import language_model_of
 from nlhf_jax.models.layers import (
@@ -343,9 +344,15 @@ def t5_language_model(
       memory: what its passes keep; the parameters do not depend on it.
 
     Raises:
-      UserError: the chunks of the vocabulary do not divide it.
+      UserError: the chunks of the vocabulary do not divide it, or `memory` asks for
+        another attention than "plain".
     """
     check_chunks(settings.vocab_size, memory.num_vocab_chunks)
+    if memory.attention != "plain":
+        raise UserError(
+            "attention must be 'plain' for T5, which has no other (remat='full' "
+            f"computes it again), got {memory.attention!r}"
+        )
     if memory.compute_dtype:
         settings = dataclasses.replace(settings, dtype=memory.compute_dtype)
     return _t5_language_model(settings, memory)
