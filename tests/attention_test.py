@@ -11,11 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nlhf_jax import constraints, partitioning
 from nlhf_jax.checks import UserError
-from nlhf_jax.decoder_settings import DecoderOnlySettings, T5Settings
+from nlhf_jax.decoder_settings import DecoderOnlySettings
 from nlhf_jax.models import attention as ours
 from nlhf_jax.models import families
 from nlhf_jax.models.decoder_only import decoder_only_language_model
 from nlhf_jax.settings import MemorySettings, MeshSettings
+from nlhf_jax.t5_settings import T5Settings
 from tests import decoder_only_toys
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -191,7 +192,7 @@ def test_the_kernel_for_gpus_reads_as_the_plain_way_where_anybody_looks(length):
 
 @pytest.mark.parametrize("length", [11, 12])
 def test_the_kernel_for_gpus_gets_an_even_number_of_columns(length, monkeypatch):
-    """Its gradient with a mask takes no others; prompts and responses make S + T - 1."""
+    """Its gradient with a mask takes no others; a pass reads S + T - 1 columns."""
     *qkv, is_key_BN, _ = given(length)
     asked, read = [], jax.nn.dot_product_attention
 
