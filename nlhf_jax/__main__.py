@@ -3,7 +3,7 @@
 
 import sys
 
-from nlhf_jax import huge_pages
+from nlhf_jax import daemon_threads, huge_pages
 
 
 def start() -> int:
@@ -13,7 +13,7 @@ def start() -> int:
     # Imported late: what is imported before a second start is imported twice.
     from nlhf_jax.cli import main
 
-    return main()
+    return daemon_threads.ended(main)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ bound, folders that cannot be written, entries that were cut off, and the counts
 """
 
 import contextlib
+import glob
 import os
 import pathlib
 import sys
 import tempfile
+import time
 import warnings
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ OWN_FOLDER = "JAX_COMPILATION_CACHE_DIR"  # who sets JAX's own variable means it
 LARGEST_BYTES = 4 * 2**30
 # Below this a program is made again sooner than its entry is worth a file.
 LEAST_SECONDS = 0.2
+# Who has not written for so long is not writing any more.
+WRITING_SECONDS = 300.0
 _NEVER = float("inf")
 _UNREADABLE = "Error reading persistent compilation cache entry for "
 _EVENTS = {
@@ -153,11 +157,25 @@ def _count() -> None:
     jax.monitoring.register_event_duration_secs_listener(duration)
 
 
+def _is_cut_off(entry: bytes) -> bool:
+    """Whether JAX cannot unpack an entry; False where it does not say how it would."""
+    try:
+        from jax._src.compilation_cache import decompress_executable
+    except ImportError:
+        return False
+    try:
+        decompress_executable(entry)
+    except Exception:  # each way of packing has errors of its own
+        return True
+    return False
+
+
 def _repair(place: pathlib.Path) -> None:
     """Deletes an entry that cannot be read, so that the program is written anew.
 
     A process that was killed while it wrote leaves half of one, and JAX writes no entry
-    that is there: each start would warn and compile.
+    that is there: each start would warn and compile. JAX's warning has the name alone,
+    which whole entries share, and what another process is writing looks as cut off.
     """
     show = warnings.showwarning
     if getattr(show, "repairs", None) == place:
@@ -169,9 +187,11 @@ def _repair(place: pathlib.Path) -> None:
             show(message, *where, **how)
             return
         name = name.strip("'")
-        for path in place.glob(f"{name}-*"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for path in place.glob(f"{glob.escape(name)}-*-cache"):
+            with contextlib.suppress(OSError):  # another process deletes too
+                is_old = time.time() - path.stat().st_mtime > WRITING_SECONDS
+                if is_old and _is_cut_off(path.read_bytes()):
+                    path.unlink()
         print(
             f"nlhf: a kept program, {name}, cannot be read and is compiled again",
             file=sys.stderr,

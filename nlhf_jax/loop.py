@@ -5,10 +5,11 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from nlhf_jax import (
     distributed,
@@ -84,6 +85,30 @@ def _is_due(step: int, period: int, last: int) -> bool:
     return step == last or (period > 0 and step % period == 0)
 
 
+_Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+def _shapes(batch: Any) -> _Shapes:
+    """Returns the name, the shape and the dtype of each array of a batch."""
+    return tuple(
+        (
+            jax.tree_util.keystr(path),
+            np.shape(leaf),
+            str(getattr(leaf, "dtype", type(leaf))),
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    )
+
+
+def _news(shapes: _Shapes, known: Iterable[_Shapes]) -> str:
+    """Returns what of a batch was not so in the batches before it, if there are any."""
+    seen = {one for shapes in known for one in shapes}
+    if not seen:
+        return ""
+    new = next((one for one in shapes if one not in seen), shapes[0])
+    return f" for a new width, {new[0].lstrip('.') or 'a batch'} of {list(new[1])}"
+
+
 class _Reporter:
     """Reads each step's metrics one step late, checks them, and passes them on."""
 
@@ -93,9 +118,12 @@ class _Reporter:
         self._step_fn = step_fn
         self._tensors = tensors
         self.skipped_steps = skipped
-        self._pending: tuple[int, Mapping[str, Any], int | None, Any] | None = None
+        self._pending: tuple[Any, ...] | None = None
         self._rates: dict[str, float] = {}
-        self._programs = 1
+        # Programs that are as they should be, and those that were made besides.
+        self._expected, self._surplus = 1, 0
+        self._costs: dict[_Shapes, speed.StepCost] = {}
+        self._cost: speed.StepCost | None = None
         self._first: speed.FirstStep | None = None
         self._unwritten: dict[str, float] = {}
         self._has_evaluated = False
@@ -105,27 +133,41 @@ class _Reporter:
         """Shows a sentence, where there is a place for it."""
         self._progress.say(text)
 
-    def compile(self, *args: Any) -> None:
-        """Compiles the step before it runs, where it can be asked to."""
+    def compile(
+        self, state: TrainState, batch: Any, key: jax.Array, dog: watchdog.Watchdog
+    ) -> None:
+        """Compiles the step before it runs, once for all batches of the same shapes."""
         ahead = getattr(self._step_fn, "compile", None)
         if ahead is None:
             return
-        self.say("compiling the train step ...")
-        with self.clock.paused():
-            cost = speed.step_cost(ahead(*args), self._settings.peak_flops)
-        self.clock.cost = cost
-        self.say(speed.announcement(cost))
+        shapes = _shapes(batch)
+        self._cost = self._costs.get(shapes)
+        if self._cost is not None:
+            return
+        if self._pending is not None:
+            dog.now("step", "waiting for the step before a new program")
+        with self.idle():
+            dog.pause()
+            self.say(f"compiling the train step{_news(shapes, self._costs)} ...")
+            before = getattr(self._step_fn, _COUNT, 0)
+            compiled = ahead(state, batch, key)
+            if self._costs:
+                self._expected += getattr(self._step_fn, _COUNT, 0) - before
+            self._cost = speed.step_cost(compiled, self._settings.peak_flops)
+        self._costs[shapes] = self._cost
+        self.say(speed.announcement(self._cost))
 
     def push(self, step: int, metrics: Mapping[str, Any], batch: Any) -> None:
         """Reports the step before this one, and keeps this one for later."""
         self.flush()
-        self._pending = (step, metrics, getattr(self._step_fn, _COUNT, None), batch)
+        count = getattr(self._step_fn, _COUNT, None)
+        self._pending = (step, metrics, count, batch, self._cost)
 
     def flush(self) -> None:
         """Waits for the step that is kept, if any, and reports it."""
         if self._pending is None:
             return
-        step, on_device, count, batch = self._pending
+        step, on_device, count, batch, self.clock.cost = self._pending
         self._pending = None
         on_host = jax.device_get(dict(on_device))
         sizes = on_host.pop(guards.LARGEST, ())
@@ -190,9 +232,9 @@ class _Reporter:
             found["compute/flops_per_step"] = self.clock.cost.flops_with(metrics)
         if count is None:
             return found
-        if count > self._programs:
+        if count - self._expected > self._surplus:
             self.say(f"compiled again by step {step}: shapes or dtypes have changed")
-            self._programs = count
+            self._surplus = count - self._expected
         return found | {"compile/count": float(count)}
 
 
@@ -237,7 +279,7 @@ def train_loop(
     Args:
       step_fn: (state, batch, key) -> (state, metrics), compiled; it may donate the
         state. Where it has `compile(state, batch, key)`, that is called and announced
-        before the first step; its `num_compilations` is reported.
+        before the first batch of new shapes; its `num_compilations` is reported.
       state: where to start; not to be used again by the caller.
       batches: the host's batch of each step, counted from 0: a pure function.
       settings: steps and periods.
@@ -282,15 +324,14 @@ def train_loop(
         stop.listen()
         if progressed.owes_evaluation and evaluate is not None:
             dog.now("evaluation", f"the evaluation after step {start_step}")
-            writer.write(start_step, reporter.evaluated(evaluate, state))
+            with reporter.idle():
+                writer.write(start_step, reporter.evaluated(evaluate, state))
         for step in range(start_step, last):
             done = step + 1
             with window.around(done, reporter.idle):
                 dog.now("batch", f"making the batch of step {done}")
                 batch = batches(step)
-                if step == start_step:
-                    dog.pause()
-                    reporter.compile(state, batch, key)
+                reporter.compile(state, batch, key, dog)
                 dog.now("step", f"step {done}, or waiting for the one before it")
                 state, metrics = step_fn(state, batch, key)
                 reporter.push(done, metrics, batch)

@@ -215,20 +215,22 @@ def num_row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, num_parts: int = 1, what: str = "num_microbatches"
+) -> None:
     """Checks that every device gets as many rows of every microbatch.
 
     Raises:
       UserError: names the nearest sizes that would do.
     """
     sizes = {name: mesh.shape[name] for name in BATCH_AXES}
-    unit = num_row_parts(mesh) * num_microbatches
+    unit = num_row_parts(mesh) * num_parts
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"batch_size must be divisible by {unit} (mesh {_shape_text(sizes)}, "
-            f"num_microbatches={num_microbatches}), got {batch_size}; "
+            f"{what}={num_parts}), got {batch_size}; "
             f"{near} would do"
         )
 
@@ -324,8 +326,7 @@ class CompiledFunction:
           fn: a pure function.
           mesh: set while the function is traced and run.
           state_sharding: where the first argument must lie; a state that is not on the
-            mesh yet is put there. Without that the first call would be compiled for
-            the state's old place, and the second call again for its new one.
+            mesh yet is put there. Else it would be compiled twice, for old and new.
           jit_options: of `jax.jit`.
         """
         self.mesh = mesh
@@ -337,6 +338,7 @@ class CompiledFunction:
             self.num_compilations += 1
             return fn(*args)
 
+        counted.__name__ = getattr(getattr(fn, "func", fn), "__name__", "counted")
         self._jitted = jax.jit(counted, **jit_options)
 
     def __call__(self, *args: Any) -> Any:

@@ -9,7 +9,11 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from nlhf_jax import daemon_threads
+
 Batches = Callable[[int], PyTree]
+# What a batch may take that nobody asks for any more: who was stopped has seconds.
+PATIENCE = 0.5
 
 
 class Ahead:
@@ -57,23 +61,26 @@ class Ahead:
 
         self._step, self._made = step, made
         # A daemon: a read that never returns cannot hold a process that has ended.
-        self._thread = threading.Thread(target=work, name="batch", daemon=True)
-        self._thread.start()
+        self._thread = daemon_threads.start(work, "batch")
 
-    def close(self) -> None:
-        """Waits for the batch that is being made, if any, and drops it."""
+    def close(self, patience: float | None = None) -> None:
+        """Waits for the batch that is being made, if any, and drops it.
+
+        Args:
+          patience: seconds after which it is left to itself; None waits for its end.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(patience)
         self._step, self._thread = None, None
 
 
 @contextlib.contextmanager
 def ahead(batches: Batches, end: int) -> Iterator[Ahead]:
-    """Yields the batches, each made one step ahead; leaves no thread behind.
+    """Yields the batches, each made one step ahead.
 
-    After an exception the batch under way is not waited for: reading it may be what
-    hangs.
+    In the end the batch under way is waited for briefly, and after an exception not at
+    all: reading it may be what hangs. Its thread cannot hold the process.
     """
     one = Ahead(batches, end)
     yield one
-    one.close()
+    one.close(PATIENCE)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from nlhf_jax import distributed, manifests
+from nlhf_jax import daemon_threads, distributed, manifests
 from nlhf_jax.stored_states import STATE, reason, together
 from nlhf_jax.types import TrainState
 
@@ -54,8 +54,7 @@ class Save:
                 self.fail(error)
 
         # A daemon, so that a save that never ends cannot hold a process that has.
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._thread = daemon_threads.start(work, "checkpoint")
 
     def fail(self, error: Exception) -> None:
         """Notes the end of this attempt."""

@@ -90,3 +90,7 @@ def test_a_rounded_base_is_said_and_an_unrounded_is_not(caplog):
     np.testing.assert_array_equal(found["a"], jnp.asarray([0.1], jnp.bfloat16))
     (said,) = caplog.messages
     assert "frozen_dtype bfloat16 rounds the base's numbers" in said
+    caplog.clear()
+    for settings in (MemorySettings(), kept):
+        policies.as_frozen_base({"a": jnp.asarray([jnp.nan, 0.5])}, settings)
+    assert not caplog.messages

@@ -6,10 +6,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
 import pytest
+from jax._src import compilation_cache as jax_cache
 
 from nlhf_jax import checkpoints, compilation_cache, metrics, speed
 from nlhf_jax.checks import UserError
@@ -105,6 +107,22 @@ def entries(folder, sizes):
         os.utime(path, (1000.0 + number, 1000.0 + number))
 
 
+def packed(program):
+    """Returns an entry as JAX packs it."""
+    return jax_cache.compress_executable(program)
+
+
+def cut_off(entry):
+    return entry[: len(entry) // 2]
+
+
+def put(folder, name, content, when):
+    path = folder / name
+    path.write_bytes(content)
+    os.utime(path, (when, when))
+    return path
+
+
 def names(folder):
     return sorted(path.name.split("-")[0] for path in folder.iterdir())
 
@@ -135,6 +153,10 @@ def test_an_entry_that_cannot_be_read_is_deleted_and_other_warnings_are_shown(
     options, capsys
 ):
     entries(options, [10, 10])
+    cut = cut_off(packed(b"program" * 100))
+    old = put(options, "jit_1-bad-cache", cut, 1000.0)
+    young = put(options, "jit_1-young-cache", cut, time.time())
+    whole = put(options, "jit_1-key-cache", packed(b"program"), 1000.0)
     seen = []
     warnings.showwarning = lambda message, *_: seen.append(str(message))
     compilation_cache.enable()
@@ -144,7 +166,10 @@ def test_an_entry_that_cannot_be_read_is_deleted_and_other_warnings_are_shown(
         "something else",
     ):
         warnings.showwarning(UserWarning(text), UserWarning, "file.py", 1)
-    assert names(options) == ["jit_0"]
+    assert not old.exists()
+    assert young.exists()  # somebody may be writing it
+    assert whole.exists()
+    assert names(options) == ["jit_0", "jit_1", "jit_1"]
     assert seen == ["something else"]
     said = capsys.readouterr().err
     assert said == "nlhf: a kept program, jit_1, cannot be read and is compiled again\n"
@@ -192,6 +217,29 @@ def test_the_time_to_a_first_step_counts_from_the_last_runs_end(monkeypatch):
     assert speed.waited() == 7.0
     speed.begin()
     assert speed.waited() == 0.0
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="no /proc")
+def test_it_counts_from_the_start_of_the_process():
+    words = "import time; time.sleep(1.5); from nlhf_jax import speed; "
+    done = subprocess.run(
+        [sys.executable, "-c", words + "print(speed.waited(), speed._age())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    waited, age = map(float, done.stdout.split())
+    assert age > 1.4 and abs(waited - age) < 0.5
+
+
+def test_where_no_start_is_known_it_counts_from_the_import(monkeypatch):
+    for content in ("1 (a b) c) " + "0 " * 40, "", "1 (x) R"):
+        monkeypatch.setattr(
+            speed.pathlib.Path, "read_text", lambda self, content=content: content
+        )
+        assert speed._age() == 0.0
 
 
 def test_the_summary_counts_all_steps_and_leaves_pauses_out(monkeypatch):
@@ -277,12 +325,13 @@ def test_numbers_are_the_same_cold_warm_and_without_a_cache(cold_and_warm, tmp_p
 @pytest.mark.battery
 def test_a_damaged_entry_is_compiled_again_and_replaced(cold_and_warm):
     cold, _, cache = cold_and_warm
-    (entry,) = (cache / "xla").glob("jit_counted-*-cache")
+    (entry,) = (cache / "xla").glob("jit_step_fn-*-cache")
     whole = entry.read_bytes()
-    entry.write_bytes(whole[: len(whole) // 2])
+    entry.write_bytes(cut_off(whole))
+    os.utime(entry, (1000.0, 1000.0))
     found, said = run(cache)
     assert found["digest"] == cold["digest"]
-    assert "nlhf: a kept program, jit_counted, cannot be read" in said
+    assert "nlhf: a kept program, jit_step_fn, cannot be read" in said
     assert "Traceback" not in said
     assert len(entry.read_bytes()) > len(whole) // 2
     assert first_line(run(cache)[0])["compile/cache_misses"] == 0.0

@@ -23,7 +23,7 @@ LAYERS = (
     (1, {"decoder_settings": ()}),
     (1, {"discovery": (), "compilation_cache": ()}),
     (1, {"roll_call": ()}),
-    (1, {"peers": ()}),
+    (1, {"peers": (), "daemon_threads": ()}),
     (1, {"runtime": (), "watchdog": ()}),
     (1, {"distributed": ()}),
     (1, {"stopping": (), "prefetch": ()}),

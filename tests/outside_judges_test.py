@@ -16,7 +16,7 @@ from nlhf_jax import outside_step, partitioning, speed, train_step
 from nlhf_jax.algorithms import ALGORITHMS
 from nlhf_jax.checks import UserError
 from nlhf_jax.data.batches import SupervisedData
-from nlhf_jax.jobs import outside_steps
+from nlhf_jax.jobs import outside_steps, rehearsal
 from nlhf_jax.jobs.outside_steps import Halves, OutsideStep, Reader
 from nlhf_jax.metric_table import METRICS, OF_THE_PROCESS
 from nlhf_jax.preferences.outside import OutsideJudge
@@ -332,6 +332,65 @@ def test_each_half_is_compiled_once_and_ahead():
     assert cost.flops.per_iteration == alone.per_iteration + 2 * drawn.per_iteration
     trained(step, state, frozen)
     assert step.num_compilations == 1
+
+
+def test_a_batch_is_as_wide_as_its_bucket():
+    lengths = np.array([1, 2, 5, 8, 3, 2])
+    mask = np.arange(8) < lengths[:, None]
+    tokens = np.where(mask, np.arange(6)[:, None] + 3, 0).astype(np.int32)
+    prompts = PromptBatch(tokens, mask)
+    answers = Responses(np.ones((6, 2), np.int32), np.ones((6, 2), bool))
+    texts = [str(length) for length in lengths]
+    data = SupervisedData(
+        SupervisedBatch(prompts, answers), texts, texts, 0, 0, length_buckets=(2, 4)
+    )
+    rows, widths = np.arange(2), set()
+    for step in range(12):
+        found = outside_steps.batch(data, 0, 2, step, rows)
+        width = found.prompts.tokens_BS.shape[1]
+        longest = lengths[found.rows_B].max()
+        assert width == next(one for one in (2, 4, 8) if longest <= one)
+        np.testing.assert_array_equal(
+            found.prompts.tokens_BS, tokens[found.rows_B, :width]
+        )
+        widths.add(width)
+    assert len(widths) > 1
+
+
+def test_rows_of_other_data_are_one_sentence():
+    reader = Reader(OutsideJudge(longer), None, ["a", "b"])
+    with pytest.raises(UserError, match="names row 7 of the data, which have 2 rows"):
+        reader.answers(np.array([0, 7]), (), ())
+
+
+def test_parts_that_do_not_divide_are_named_without_devices(monkeypatch):
+    monkeypatch.setattr(partitioning, "make_mesh", None)
+    loop = LoopSettings(train_steps=4, batch_size=8)
+    judge = OutsideJudge(longer, num_parts=3)
+    with pytest.raises(UserError, match="num_parts of OutsideJudge must divide"):
+        rehearsal.check("any", {"loop": loop, "outside_judge": judge})
+    outside_steps.check_parts(None, loop)
+    with pytest.raises(UserError, match=r"num_parts of OutsideJudge=2\), got 8"):
+        rehearsal.check_batch(
+            loop, MeshSettings(data=8), OutsideJudge(longer, num_parts=2)
+        )
+
+
+def test_who_watches_devices_cannot_hold_the_process():
+    held = threading.Event()
+    seen = []
+
+    class Slow:
+        def block_until_ready(self):
+            seen.append(threading.current_thread())
+            held.wait(60)
+
+    found = outside_steps._time_of(Slow())
+    assert not found.done()
+    held.set()
+    assert found.result(timeout=60) > 0
+    (thread,) = seen
+    assert thread.daemon
 
 
 def test_an_exception_of_the_function_passes_through():

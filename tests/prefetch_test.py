@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches made one step ahead: the same, in order, and errors where they belong."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from nlhf_jax import prefetch
+from nlhf_jax import daemon_threads, prefetch
 
 
 class Source:
@@ -84,6 +86,60 @@ def test_no_thread_is_left_behind():
     with prefetch.ahead(Source(), 5) as batches:
         batches(0)
     assert "batch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_leaving_waits_no_longer_than_its_patience_for_a_batch(monkeypatch):
+    monkeypatch.setattr(prefetch, "PATIENCE", 0.01)
+    held, release = threading.Event(), threading.Event()
+
+    def source(step):
+        if step == 1:
+            held.set()
+            release.wait(timeout=60)
+        return step
+
+    with prefetch.ahead(source, 5) as ask:
+        ask(0)
+        assert held.wait(timeout=60)
+    # Without a limit it would be here after a minute, and the batch be made.
+    (left,) = [one for one in threading.enumerate() if one.name == "batch"]
+    assert left.daemon and daemon_threads.are_left()
+    release.set()
+    left.join()
+    assert not daemon_threads.are_left()
+
+
+@pytest.mark.parametrize("code", [0, 2, 42, 70, 143])
+def test_a_held_thread_changes_no_exit_code(code):
+    assert ended_with(f"daemon_threads.ended(lambda: {code})") == (code, "said\n", "")
+
+
+def test_a_traceback_is_shown_and_is_code_1():
+    code, out, err = ended_with("daemon_threads.ended(lambda: 1 // 0)")
+    assert (code, out) == (1, "said\n")
+    assert err.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+
+
+def ended_with(words):
+    """Runs a process that holds a thread, and would abort where Python's end ran."""
+    text = (
+        "import atexit, os, sys, threading\n"
+        "from nlhf_jax import daemon_threads\n"
+        "atexit.register(os.abort)\n"
+        "daemon_threads.start(threading.Event().wait, 'held')\n"
+        "print('said')\n"
+        f"sys.exit({words})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_thread_a_process_ends_as_ever():
+    assert daemon_threads.ended(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        daemon_threads.ended(lambda: 1 // 0)
 
 
 def test_after_an_error_nobody_waits_for_a_batch():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlhf_jax import loop, metrics, partitioning, progress, speed
+from nlhf_jax import loop, metrics, partitioning, progress, speed, watchdog
 from nlhf_jax.checks import UserError
 from nlhf_jax.optimizers import make_optimizer
 from nlhf_jax.scale import chips
@@ -316,8 +316,105 @@ def test_on_a_chip_without_a_peak_no_mfu_is_claimed():
     assert "no published peak of 'cpu', so no MFU" in shown[1]
 
 
+def test_a_new_width_is_compiled_ahead_once_and_each_step_has_its_own_cost():
+    bound = SlowStep()
+    sizes = [8, 16, 8, 16]
+
+    def batches(step):
+        return batch_of(sizes[step] * bound.mesh.size)
+
+    lines, shown = looped(bound, loop_settings(log_period=1), batches)
+    assert [line["compile/count"] for _, line in lines] == [1.0, 2.0, 2.0, 2.0]
+    flops = [line["compute/flops_per_step"] for _, line in lines]
+    assert flops[0] == flops[2] and flops[1] == flops[3]
+    assert 1.8 < flops[1] / flops[0] < 2.2
+    said = [text for text in shown if "compil" in text]
+    assert said[0] == "deep: compiling the train step ..."
+    wide = [16 * bound.mesh.size, WIDTH]
+    assert f"deep: compiling the train step for a new width, a batch of {wide} ..." in (
+        said
+    )
+    assert sum("compiled in" in text for text in said) == 2
+    assert not any("compiled again" in text for text in said)
+
+
+def test_each_widths_compilation_is_no_time_of_training(monkeypatch):
+    bound = SlowStep()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: bound.now)
+    settings = loop_settings(log_period=4)
+    sizes = [8, 8, 16, 16]
+    ((_, line),), _ = looped(
+        bound, settings, lambda step: batch_of(sizes[step] * bound.mesh.size)
+    )
+    assert line["time/seconds_per_step"] == 2.0
+
+
+def test_a_new_width_is_compiled_without_the_steps_limit(monkeypatch):
+    said = []
+
+    class Dog(watchdog.Watchdog):
+        def now(self, kind, doing=""):
+            said.append(kind)
+
+        def pause(self):
+            said.append("pause")
+
+    class Noted(BoundStep):
+        def compile(self, state, batch, key):
+            said.append("compile")
+            return super().compile(state, batch, key)
+
+    monkeypatch.setattr(loop, "watchdog_of", lambda settings: Dog(0))
+    bound, sizes = Noted(), [8, 8, 16, 16]
+    looped(
+        bound,
+        loop_settings(log_period=4),
+        lambda step: batch_of(sizes[step] * bound.mesh.size),
+    )
+    first = said.index("compile")
+    second = said.index("compile", first + 1)
+    assert said[first - 1] == said[second - 1] == "pause"
+    assert said.count("compile") == 2
+
+
+def test_an_evaluation_that_is_owed_is_no_time_of_training(monkeypatch):
+    bound = SlowStep()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: bound.now)
+    rows, sinks = 8 * bound.mesh.size, Sinks()
+
+    def evaluate(state):
+        bound.now += 500.0
+        return {"eval/kl": 0.0}
+
+    with progress.Progress(4, "deep", stream=io.StringIO()) as bar:
+        loop.train_loop(
+            bound,
+            bound.state,
+            lambda step: batch_of(rows),
+            settings=loop_settings(log_period=4),
+            checkpointer=sinks,
+            writer=sinks,
+            progress=bar,
+            key=jax.random.key(0),
+            evaluate=evaluate,
+            progressed=loop.Progressed(owes_evaluation=True),
+        )
+    (seconds,) = [
+        line["time/seconds_per_step"]
+        for _, line in sinks.lines
+        if "time/seconds_per_step" in line
+    ]
+    assert seconds == 2.0
+
+
+class UnaskedStep(BoundStep):
+    """One that nobody can ask to compile."""
+
+    compile = None
+
+
 def test_a_second_compilation_is_an_alarm():
-    bound = BoundStep()
+    bound = UnaskedStep()
     sizes = [8, 8, 16, 16]
     lines, shown = looped(
         bound, loop_settings(), lambda step: batch_of(sizes[step] * bound.mesh.size)

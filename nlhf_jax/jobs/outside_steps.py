@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
-from nlhf_jax import distributed, partitioning, speed
+from nlhf_jax import daemon_threads, distributed, partitioning, speed
 from nlhf_jax.checks import UserError
 from nlhf_jax.data import batches as data_batches
 from nlhf_jax.data.order import example_order
@@ -42,18 +42,28 @@ def check(judge: OutsideJudge | None, loop: LoopSettings, mesh: MeshSettings) ->
     """
     if judge is None:
         return
-    if loop.batch_size % judge.num_parts:
-        raise UserError(
-            f"num_parts of OutsideJudge must divide batch_size {loop.batch_size}, got "
-            f"{judge.num_parts}"
-        )
+    check_parts(judge, loop)
     if distributed.num_processes() > 1:
         raise UserError(
             "OutsideJudge is asked by one process, got "
             f"{distributed.num_processes()} processes"
         )
     device_mesh = partitioning.make_mesh(mesh)
-    partitioning.check_batch_size(loop.batch_size, device_mesh, judge.num_parts)
+    parts = judge.num_parts, "num_parts of OutsideJudge"
+    partitioning.check_batch_size(loop.batch_size, device_mesh, *parts)
+
+
+def check_parts(judge: OutsideJudge | None, loop: LoopSettings) -> None:
+    """Checks what needs no devices of a judge on the host, where there is one.
+
+    Raises:
+      UserError: the batch cannot be cut into so many parts.
+    """
+    if judge is not None and loop.batch_size % judge.num_parts:
+        raise UserError(
+            f"num_parts of OutsideJudge must divide batch_size {loop.batch_size}, got "
+            f"{judge.num_parts}"
+        )
 
 
 def batch(
@@ -65,8 +75,8 @@ def batch(
 ) -> JudgedPrompts:
     """Returns rows of a step's batch, which say where their texts are."""
     _, indices_B = example_order(seed, step, batch_size, data.num_examples)
-    mine_R = indices_B[rows]
-    return JudgedPrompts(data.take(mine_R).prompts, mine_R.astype(np.int32))
+    prompts = data.batch(seed, step, batch_size, rows).prompts
+    return JudgedPrompts(prompts, indices_B[rows].astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +110,16 @@ class Reader:
           rows_B: the prompts' rows in the data.
           responses: of each speaker, on the host.
           comparisons: pairs of speakers' indices.
+
+        Raises:
+          UserError: a row that the data do not have, as of a batch of another run.
         """
+        last = max((int(row) for row in rows_B), default=-1)
+        if last >= len(self.prompt_texts):
+            raise UserError(
+                f"the batch names row {last} of the data, which have "
+                f"{len(self.prompt_texts)} rows, counted from 0: it is of other data"
+            )
         texts = [
             data_batches.decode_responses(*one, self.vocabulary) for one in responses
         ]
@@ -173,8 +192,6 @@ class OutsideStep:
             out_shardings=(lie.state, whole),
             donate_argnums=0,
         )
-        # Notes when devices are done; it never holds up the step.
-        self._watcher = ThreadPoolExecutor(1, "devices")
 
     @property
     def num_compilations(self) -> int:
@@ -216,7 +233,7 @@ class OutsideStep:
                 part = np.int32(number)
                 args = (state, frozen, batch.prompts, key, part)
                 drawn.append(self._draw(*args))
-                done_at.append(self._watcher.submit(_time_of, drawn[-1]))
+                done_at.append(_time_of(drawn[-1]))
             if number >= ahead:
                 read = number - ahead
                 found, when = self._read(rows_MP[read], drawn[read][0])
@@ -241,9 +258,19 @@ def _abstract(sharding: NamedSharding, leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-def _time_of(arrays: Any) -> float:
-    jax.block_until_ready(arrays)
-    return time.perf_counter()
+def _time_of(arrays: Any) -> Future:
+    """Notes when devices are done; it never holds up the step, nor the process."""
+    found: Future = Future()
+
+    def wait() -> None:
+        try:
+            jax.block_until_ready(arrays)
+            found.set_result(time.perf_counter())
+        except BaseException as error:  # raised where the time is asked for
+            found.set_exception(error)
+
+    daemon_threads.start(wait, "devices")
+    return found
 
 
 def judging(

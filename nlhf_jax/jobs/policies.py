@@ -53,9 +53,7 @@ def as_frozen_base(params: Params, memory: MemorySettings) -> Params:
     as a model their folder is read with those of the base's own file.
     """
     kept = as_frozen(params, memory)
-    is_rounded = jax.tree.map(
-        lambda one, other: bool((one != other.astype(one.dtype)).any()), params, kept
-    )
+    is_rounded = jax.tree.map(_is_rounded, params, kept)
     if any(jax.tree.leaves(is_rounded)) and distributed.is_first():
         _log.warning(
             "frozen_dtype %s rounds the base's numbers: the adapters are trained on "
@@ -64,6 +62,13 @@ def as_frozen_base(params: Params, memory: MemorySettings) -> Params:
             memory.frozen_dtype,
         )
     return kept
+
+
+def _is_rounded(one: jax.Array, kept: jax.Array) -> bool:
+    """Whether numbers have changed; those that are none (NaN) cannot."""
+    if one.dtype == kept.dtype:
+        return False
+    return bool(((one != kept.astype(one.dtype)) & (one == one)).any())
 
 
 def load_params(

@@ -19,7 +19,8 @@ from nlhf_jax.checks import (
     expanded,
 )
 from nlhf_jax.data import tasks
-from nlhf_jax.jobs import folders, programs, saves, train
+from nlhf_jax.jobs import folders, outside_steps, programs, saves, train
+from nlhf_jax.preferences.outside import OutsideJudge
 from nlhf_jax.settings import LoopSettings, MeshSettings
 
 # These check their own seeds, and differently.
@@ -53,6 +54,7 @@ def check(job: str, arguments: Mapping[str, Any]) -> None:
     if isinstance(loop, LoopSettings):
         _check_periods(loop)
         saves.check_best_metric(loop)
+        outside_steps.check_parts(arguments.get("outside_judge"), loop)
     if job == "train":
         train.check_counts(**_given(train.check_counts, arguments))
         train.check_sets(arguments["algorithm"], arguments.get("write_sets", ()))
@@ -85,7 +87,9 @@ def _check_periods(loop: LoopSettings) -> None:
         )
 
 
-def check_batch(loop: LoopSettings, mesh: MeshSettings) -> None:
+def check_batch(
+    loop: LoopSettings, mesh: MeshSettings, outside: OutsideJudge | None = None
+) -> None:
     """Checks the rows against the sizes that are known without the devices.
 
     Raises:
@@ -93,13 +97,17 @@ def check_batch(loop: LoopSettings, mesh: MeshSettings) -> None:
     """
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "slice": mesh.slice}
     sizes = {name: size for name, size in sizes.items() if size > 1}
-    unit = math.prod(sizes.values()) * loop.num_microbatches
-    if loop.batch_size % unit:
-        axes = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise UserError(
-            f"batch_size must be divisible by {unit} ({axes}, num_microbatches="
-            f"{loop.num_microbatches}), got {loop.batch_size}"
-        )
+    parts = {"num_microbatches": loop.num_microbatches}
+    if outside is not None:
+        parts["num_parts of OutsideJudge"] = outside.num_parts
+    for what, number in parts.items():
+        unit = math.prod(sizes.values()) * number
+        if loop.batch_size % unit:
+            axes = " x ".join(f"{name}={size}" for name, size in sizes.items())
+            raise UserError(
+                f"batch_size must be divisible by {unit} ({axes}, {what}={number}), "
+                f"got {loop.batch_size}"
+            )
 
 
 def build(job: str, arguments: Mapping[str, Any]) -> str:
@@ -122,7 +130,8 @@ def build(job: str, arguments: Mapping[str, Any]) -> str:
             arguments.get("outside_judge"),
         )
     _check_model_dir(arguments["model_dir"])
-    check_batch(arguments["loop"], arguments.get("mesh") or MeshSettings())
+    outside = arguments.get("outside_judge")
+    check_batch(arguments["loop"], arguments.get("mesh") or MeshSettings(), outside)
     names = programs.folder_flags(job).values()
     named = [arguments.get(name, "") for name in names]
     for checkpoint in filter(None, named):

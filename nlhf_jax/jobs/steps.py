@@ -159,7 +159,11 @@ def supervised(
             learning_rate=rate,
             skip_not_finite=loop.max_skipped_steps > 0,
         )
-        return lambda state, frozen, batch, key: update(state, batch, key)
+
+        def supervised_step(state: TrainState, frozen: ParamSets, *rest: Any):
+            return update(state, *rest)
+
+        return supervised_step
 
     return Step(
         _on_base(make, network, lora),
