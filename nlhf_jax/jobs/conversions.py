@@ -73,8 +73,7 @@ def export_model(words: Sequence[str]) -> int:
         nothing is written.
     """
     options, own = conversion_flags.export_options(words)
-    if options.check and options.format == HUGGING_FACE:
-        agreement.require()
+    compares = options.check and options.format == HUGGING_FACE
     chosen = formats.load(options.format)
     if chosen.write is None:
         raise UserError(f"{options.format} is only read: it has no writer")
@@ -83,11 +82,13 @@ def export_model(words: Sequence[str]) -> int:
     source = folders.expanded("checkpoint", options.checkpoint)
     wanted = {"judges": True, "optimizer": _state_wanted(options.format, chosen, own)}
     weights = our_weights.open_folder(source, wanted)
-    if weights.scoring is not None and options.check and options.format == HUGGING_FACE:
+    if weights.scoring is not None and compares:
         raise UserError(
             "--check compares what language models say, got a "
             f"{weights.scoring.kind} model: leave it out"
         )
+    if compares:
+        agreement.require()
     check_complete(weights)
     weights = cast(weights, options.dtype, allow_rounding=options.allow_rounding)
     lengths = folders.description_of(source).feature_lengths
