@@ -227,17 +227,12 @@ def _policy_program(
     length = said["max_decode_length"] or reference.response_length
     length = length or lengths["targets"]
     models = _models(said, given, algorithm)
-    nets = {
-        kind: _judge_network(
-            kind,
-            model,
-            lengths["inputs"],
-            length,
-            judge_memory(model.settings, memory),
-            share,
-        )
-        for kind, model in models.items()
-    }
+
+    def judge_of(kind: str, model: Model) -> Any:
+        kept = judge_memory(model.settings, memory)
+        return _judge_network(kind, model, lengths["inputs"], length, kept, share)
+
+    nets = {kind: judge_of(kind, model) for kind, model in models.items()}
     lora = said["lora"]
     is_shared = {
         kind: model.lora
