@@ -267,10 +267,9 @@ def test_after_an_error_no_half_of_an_adapter_is_left(tmp_path, monkeypatch, is_
     for error, raised in ((OSError(28, "full"), UserError), (KeyboardInterrupt,) * 2):
         with monkeypatch.context() as patch:
 
-            def stop(*arguments, error=error):
+            def stop(*_, error=error, **unused):
                 raise error
 
-            patch.setattr(ours, "_their_config", lambda *_: {})
             patch.setattr(pathlib.Path, "write_text", stop)
             with pytest.raises(raised):
                 ours.write_adapter(*given)
