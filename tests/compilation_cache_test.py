@@ -260,12 +260,18 @@ def test_the_summary_counts_all_steps_and_leaves_pauses_out(monkeypatch):
 # --------------------------------------------------------------- in real processes
 
 
+def everything_else():
+    """Returns the environment without the folder that the tests' own programs are in."""
+    mine = (compilation_cache.OWN_FOLDER, compilation_cache.SWITCH)
+    return {name: value for name, value in os.environ.items() if name not in mine}
+
+
 def run(cache, **variables):
     """Runs the worker; returns what it printed and what it said on standard error."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.compilation_cache_worker"],
         cwd=ROOT,
-        env=os.environ | {"NLHF_CACHE": str(cache)} | variables,
+        env=everything_else() | {"NLHF_CACHE": str(cache)} | variables,
         capture_output=True,
         text=True,
         check=True,
@@ -375,7 +381,7 @@ def test_the_command_line_keeps_programs_and_no_record_tells_of_them(tmp_path):
                 f"--model_dir={tmp_path}/{name}",
             ],
             cwd=ROOT,
-            env=os.environ | {"NLHF_CACHE": str(tmp_path / "cache")} | variables,
+            env=everything_else() | {"NLHF_CACHE": str(tmp_path / "cache")} | variables,
             capture_output=True,
             text=True,
             check=True,
