@@ -196,7 +196,11 @@ TIMES = frozenset(_TIMES)
 
 _PROGRAM = {
     "compile/count": Metric(
-        "programs", 1, INFINITY, "programs compiled for the step so far; 1 is right"
+        "programs",
+        1,
+        INFINITY,
+        "programs compiled for the step so far; 1 is right, with `length_buckets` one "
+        "a width",
     ),
     "compute/flops_per_step": Metric(
         "FLOP",
