@@ -261,7 +261,7 @@ def test_the_summary_counts_all_steps_and_leaves_pauses_out(monkeypatch):
 
 
 def everything_else():
-    """Returns the environment without the folder that the tests' own programs are in."""
+    """Returns the environment without the folder of the tests' own programs."""
     mine = (compilation_cache.OWN_FOLDER, compilation_cache.SWITCH)
     return {name: value for name, value in os.environ.items() if name not in mine}
 

@@ -68,13 +68,13 @@ def wait_until(condition: Callable[[], object], what: str, tick: float = 0.02):
 
 
 def wait_for_step(folder: pathlib.Path, step: int, count: int, attempt: int = 1):
-    """Waits until every process of an attempt makes the batch of a step or a later."""
+    """Waits until every process of an attempt has come to a step or a later one."""
 
     def all_there():
         there = {
             event.process
             for event in events(folder)
-            if event.what == "batch" and event.attempt == attempt and event.step >= step
+            if event.what == "step" and event.attempt == attempt and event.step >= step
         }
         return len(there) == count
 

@@ -48,9 +48,9 @@ def test_a_line_that_is_being_written_is_left_out(folder):
 
 def history(*, saves, resumed):
     """Returns the events of a run that was killed in step 14, and went on."""
-    first = [Event("batch", 1, float(step), step, 0) for step in range(1, 15)]
+    first = [Event("step", 1, float(step), step, 0) for step in range(1, 15)]
     first += [Event("saved", 1, step + 0.5, step, 0) for step in saves]
-    return [*first, Event("batch", 2, 20.0, resumed + 1, 0)]
+    return [*first, Event("step", 2, 20.0, resumed + 1, 0)]
 
 
 @pytest.mark.parametrize(

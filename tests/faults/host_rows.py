@@ -130,7 +130,7 @@ def _saved_together(folder, first, codes, logs) -> None:
     steps = [_stopped_at(log) for log in logs]
     require(len(set(steps)) == 1, f"stopped at different steps: {steps}")
     (step,) = set(steps)
-    done = max(e.step for e in gangs.events(folder) if e.what == "batch")
+    done = max(e.step for e in gangs.events(folder) if e.what == "step")
     require(done == step, f"saved step {step} though step {done} was done")
     require(_newest(folder) == step, f"no checkpoint of step {step}")
 

@@ -99,7 +99,7 @@ def broken(count: int, seed: int) -> History:
         folder = pathlib.Path(name)
         with gangs.supervised(folder, count, steps=STEPS, period=PERIOD) as launcher:
             killed_at = _kill_one(folder, count, 1, chosen.randrange(8, 25), chosen)
-            again = gangs.wait_until(lambda: _second_batch(folder, 2), "a step again")
+            again = gangs.wait_until(lambda: _second_step(folder, 2), "a step again")
             redone, allowed = _redone(gangs.events(folder), 1, PERIOD)
             return _ended(
                 folder,
@@ -120,9 +120,9 @@ def _kill_one(folder, count, attempt, step, chosen) -> float:
     return when
 
 
-def _second_batch(folder: pathlib.Path, attempt: int) -> float | None:
+def _second_step(folder: pathlib.Path, attempt: int) -> float | None:
     """When the first step of an attempt was under way, and its program compiled."""
-    found = _of(gangs.events(folder), "batch", attempt)
+    found = _of(gangs.events(folder), "step", attempt)
     return found[1].when if len(found) > 1 else None
 
 
@@ -133,8 +133,8 @@ def _of(events, what: str, attempt: int) -> list[gangs.Event]:
 
 def _redone(events, attempt: int, period: int) -> tuple[int, int]:
     """Returns how many steps of an attempt the next one did again, and may."""
-    done = max(e.step for e in events if e.what == "batch" and e.attempt == attempt) - 1
-    start = _of(events, "batch", attempt + 1)[0].step - 1
+    done = max(e.step for e in events if e.what == "step" and e.attempt == attempt) - 1
+    start = _of(events, "step", attempt + 1)[0].step - 1
     saves = [e.step for e in _of(events, "saved", attempt)]
     # The newest save may have been under way; those steps were done meanwhile.
     during = done - saves[-1] if saves and start < saves[-1] else 0
@@ -231,8 +231,8 @@ def _soaked(folder, attempts, seconds, growth, resident) -> dict[str, float | in
         require(0 <= redone <= allowed, f"attempt {attempt}: {redone} steps lost")
     rows = [row["step"] for row in _rows(folder / "run") if "loss/token_nll" in row]
     require(rows == list(range(1, len(rows) + 1)), "metrics lack a step, or have two")
-    batches = [e for e in events if e.what == "batch" and e.process == 0]
-    gaps = [b.when - a.when for a, b in itertools.pairwise(batches)]
+    begun = [e for e in events if e.what == "step" and e.process == 0]
+    gaps = [b.when - a.when for a, b in itertools.pairwise(begun)]
     useful = len(rows) * statistics.median(gaps)
     grown = [seen[-1] / seen[len(seen) // 2] - 1 for seen in resident.values()]
     return {

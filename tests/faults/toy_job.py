@@ -5,8 +5,8 @@
 
 Everything but model and data is the project's own: the command line, the roll call, the
 loop, checkpoints, exit codes. In FOLDER lie `run/` (the model folder) and, for whoever
-looks on, `pids/` and `events/`: a line for each batch, save and fault of each process,
-with the attempt, the wall clock and the step.
+looks on, `pids/` and `events/`: a line for each batch, step, save and fault of each
+process, with the attempt, the wall clock and the step. Batches are made ahead.
 """
 
 import json
