@@ -84,8 +84,11 @@ def test_what_is_compiled_is_what_the_job_runs(shape, tmp_path, monkeypatch):
         axes = {"preference": model.logical_axes}
         return LoadedJudge(judge, {"preference": model.init(key)}, axes)
 
-    class Prompts:
+    class Prompts(train.data_batches.SupervisedData):
         num_truncated_prompts = 0
+
+        def __init__(self):
+            pass
 
     description = train.folders.ModelDescription(
         "language_model", settings, {"inputs": 5, "targets": 3}, "byte"
