@@ -141,7 +141,8 @@ def solve(table: WinTable, options: argparse.Namespace) -> Answer:
         rows = sorted(
             zip(table.names, nash_N, policy_N, strict=True), key=lambda row: -row[1]
         )
-        several = "" if found["unique"] else ", of largest entropy among several"
+        several = ", of largest entropy among several, or undecided (docs/games.md)"
+        several = "" if found["unique"] else several
         print_table(
             ("", f"Nash{several}", f"Nash at tau {tau:g}"),
             [(name, f"{p:.6f}", f"{q:.6f}") for name, p, q in rows],
